@@ -1,0 +1,172 @@
+"""What the figures share: flags, files, the check of the protocol, intervals, and how errors reach the user."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+from scipy.special import stdtrit
+
+from analysis import style
+from sddit.errors import SdditError, UsageError
+
+# No dates, no versions: the same data give the same bytes.
+METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of every figure."""
+
+    sweep: str
+    """Name of the sweep, i.e. of its MLflow experiment."""
+    tracking_uri: str | None = None
+    """Where the sweep is recorded. Default: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
+    out: Path = Path("figures")
+    """Folder for the files."""
+    paper: bool = False
+    """Published values beside ours, marked as such."""
+
+
+# ---------------------------------------------------------------------------------------------------------- scripts
+
+
+def parse_flags(description: str | None, default_sweep: str) -> Flags:
+    """The command line; exits with status 2 on an unknown flag."""
+    return tyro.cli(Flags, default=Flags(sweep=default_sweep), description=description)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a script: an error the user can cause is its message and its exit status, Ctrl-C is 130."""
+    warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except SdditError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def output_name(name: str, sweep: str, default_sweep: str) -> str:
+    """The files' name: the figure's, and the sweep's when it is not the one the figure is named for."""
+    return name if sweep == default_sweep else f"{name}-" + re.sub(r"[^\w.-]+", "_", sweep)
+
+
+def save(figure: Figure, frame: pd.DataFrame, name: str, out: Path) -> list[Path]:
+    """Writes `out/name`.png, .pdf and, with the data that are drawn, .csv; prints and returns the paths.
+
+    Each file appears whole or not at all.
+
+    Raises:
+        UsageError: `out` cannot be written to.
+    """
+    out = Path(out)
+    paths = [out / f"{name}.{kind}" for kind in ("png", "pdf", "csv")]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            kind = path.suffix[1:]
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                if kind == "csv":
+                    frame.to_csv(partial, index=False)
+                else:
+                    with style.context():
+                        figure.savefig(partial, format=kind, metadata=METADATA[kind])
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write to {out}: {error.strerror or error}. Name another folder with --out."
+        ) from error
+    for path in paths:
+        print(path)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def check_protocol(table: pd.DataFrame) -> None:
+    """Scores are drawn together only under one protocol.
+
+    Raises:
+        UsageError: naming the protocols and how many cells have each.
+    """
+    cells = table.groupby("protocol")["identity"].nunique()
+    if len(cells) > 1:
+        listed = "\n".join(f"  {protocol or '(none)'}: {counted(n, 'cell')}" for protocol, n in cells.items())
+        raise UsageError(
+            f"These cells were scored under {len(cells)} protocols, whose scores must not be drawn together:\n"
+            f"{listed}\n"
+            "Score the final checkpoints under one protocol with `sddit evaluate`, or run the cells of each protocol "
+            "as a sweep of its own (--name)."
+        )
+
+
+def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval (mean, low, high) of independent values; with one value there is no interval (NaN)."""
+    sample = np.asarray(list(values), dtype=float)
+    mean = float(sample.mean())
+    if len(sample) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample)))
+    return mean, mean - half, mean + half
+
+
+# --------------------------------------------------------------------------------------------------------- captions
+
+
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "cell"), counted(3, "cell")
+    ('1 cell', '3 cells')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def the_value(table: pd.DataFrame, column: str) -> Any | None:
+    """What all rows have in this column; None when they differ or lack it."""
+    if column not in table:
+        return None
+    values = table[column].dropna()
+    return values.iloc[0] if len(values) and len(set(map(repr, values))) == 1 else None
+
+
+def provenance(table: pd.DataFrame, cells: pd.DataFrame | None = None) -> str:
+    """The caption's sentences on protocol, batch size and, where they differ, code revisions.
+
+    `table` as from `load_results`, `cells` as from `load_cells`, for the protocol in words.
+    """
+    sentences = []
+    if batch := the_value(table, "train.batch_size"):
+        sentences.append(f"Batch size {batch:g}.")
+    texts = {tags.get("sddit.protocol.text") for tags in cells["tags"]} - {None} if cells is not None else set()
+    words = f" ({texts.pop()})" if len(texts) == 1 else ""
+    sentences.append(f"Protocol {the_value(table, 'protocol') or 'not recorded'}{words}.")
+    codes = table.groupby("code")["identity"].nunique()
+    if len(codes) > 1:
+        listed = ", ".join(f"{_short(str(code))} ({counted(n, 'cell')})" for code, n in codes.items())
+        sentences.append(f"Code revisions differ: {listed}.")
+    return " ".join(sentences)
+
+
+def _short(revision: str) -> str:
+    """A revision in ten digits, still saying when the tree had changes of its own."""
+    head, dash, dirty = revision.partition("-")
+    return (head[:10] + dash + dirty) or "unknown"

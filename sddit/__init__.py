@@ -1,0 +1,46 @@
+"""SD-DiT Lab: ablations of diffusion transformers with self-supervised discrimination.
+
+    import sddit
+    experiment = sddit.presets.digits(method="sddit").replace({"method.mask_ratio": 0.3})
+    result = sddit.train(experiment)
+
+Importing it loads neither torch, ray nor mlflow; each function does so when it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sddit import presets
+from sddit.config import Experiment
+from sddit.errors import SdditError
+
+if TYPE_CHECKING:
+    from sddit.api import TrainResult, build_network, evaluate, load_network, sample, train
+    from sddit.results import load_results
+
+_WHERE = {
+    **dict.fromkeys(("TrainResult", "build_network", "evaluate", "load_network", "sample", "train"), "sddit.api"),
+    "load_results": "sddit.results",  # pandas takes half a second to import
+}
+
+__all__ = [
+    "Experiment",
+    "SdditError",
+    "TrainResult",
+    "build_network",
+    "evaluate",
+    "load_network",
+    "load_results",
+    "presets",
+    "sample",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sddit' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

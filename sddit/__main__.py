@@ -1,0 +1,5 @@
+"""``python -m sddit``: the same as the command ``sddit``."""
+
+from sddit.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""One cell from its specification to its record: joins data, method, store and tracking around the training loop.
+
+Knows neither Tune nor Train: whoever calls it says how to report, which device to use and whether to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sddit.config import Experiment
+from sddit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """A cell as plain values, so that it travels to any process."""
+
+    experiment: dict[str, Any]  # Experiment.model_dump()
+    identity: str
+    storage: str  # folder or URI of this cell's checkpoints
+    tracking_uri: str
+    run_id: str
+    owned_run: str  # the run that carries the claim: the sweep's, or the cell's own
+    token: str  # whose it was when the cell was handed out
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_cell(
+    spec: CellSpec,
+    report: Callable[[int, dict[str, float]], None],
+    *,
+    device: str = "cpu",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains, scores and records a cell on this worker, from its newest checkpoint on.
+
+    Within a process group every worker calls it; rank and size are the group's. Returns plain values: 'step',
+    'finished', 'checkpoint' and the last evaluation's metrics.
+    """
+    import torch
+
+    from sddit.data import open_manifest
+    from sddit.data.sampler import BatchSampler
+    from sddit.data.shards import Shards
+    from sddit.methods import build_method
+    from sddit.metrics import features, fidelity
+    from sddit.metrics.protocol import Protocol
+    from sddit.tracking import CellRecord, NullRecord
+    from sddit.training import distributed, loop
+    from sddit.training.store import CheckpointStore
+
+    experiment = Experiment.parse(spec.experiment)
+    where = torch.device(device)
+    with _own_settings(experiment.resources.cpus_per_worker):
+        manifest = open_manifest(experiment.data.path)
+        if experiment.identity(manifest.digest) != spec.identity:
+            raise UsageError(
+                f"The data at {experiment.data.path} are not those the cell was planned with "
+                f"(identity {experiment.identity(manifest.digest)}, planned {spec.identity})."
+            )
+        extractor = features.get_extractor(experiment.eval.extractor, where)
+        record: CellRecord | NullRecord
+        if distributed.rank() == 0:
+            record = CellRecord(
+                spec.tracking_uri, spec.run_id, owned_run=spec.owned_run, token=spec.token, report=report
+            )
+            protocol = Protocol.from_experiment(experiment, manifest.digest, extractor.digest)
+            record.tag("sddit.protocol", protocol.digest)
+            record.tag("sddit.protocol.text", protocol.describe())
+        else:
+            record = NullRecord(report)
+        store = CheckpointStore(spec.storage, fence=record.fence)
+        method = build_method(experiment, manifest.shape, manifest.num_classes)
+        try:
+            result = loop.train(
+                experiment,
+                method,
+                BatchSampler(
+                    Shards(manifest),
+                    seed=experiment.seed,
+                    batch_size=experiment.train.batch_size,
+                    flip=experiment.data.flip,
+                ),
+                store=store,
+                reporter=record,
+                extractor=extractor,
+                reference=lambda: fidelity.reference_moments(manifest, extractor),
+                device=where,
+                should_stop=should_stop,
+            )
+        finally:
+            record.close()
+        record.fence()
+    return {"step": result.step, "finished": result.finished, "checkpoint": result.checkpoint, **result.metrics}
+
+
+@contextlib.contextmanager
+def _own_settings(threads: int) -> Iterator[None]:
+    """What a process keeps between cells is set at the start and given back at the end, so that nothing of one cell
+    reaches the next."""
+    import torch
+
+    before, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_default_dtype(dtype)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

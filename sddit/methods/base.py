@@ -1,0 +1,93 @@
+"""What a method is to the training loop: a module whose forward pass is its loss, and a few hooks around a step.
+
+The loop calls, in every optimiser step and in this order (architecture.md §1.1):
+
+    contexts = method.begin_step(batches, step)            # once, all micro-batches of this worker, no gradient
+    losses = method(batch, context, step)                  # once a micro-batch; losses.total is back-propagated
+    method.after_backward(step)                            # gradients complete: freeze, clip ...
+    optimiser.step()
+    method.after_optimizer(step)                           # the teacher follows the student
+    (sampling EMA of method.network)
+    diagnostics = method.end_step(step)                    # centres; what is known about the step, over all workers
+
+Methods know torch and torch.distributed, nothing of Ray, MLflow or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sddit.config import Experiment
+
+Draws = dict[str, tuple[str, tuple[int, ...]]]  # stream name → ('uniform' | 'normal', shape of one position)
+
+
+@dataclass
+class Batch:
+    """A slice of the global batch, on the worker's device."""
+
+    x0: Tensor  # (B, C, H, W) clean images or latents, float32
+    y: Tensor  # (B,) int64 labels, before any label drop
+    draws: dict[str, Tensor]  # raw draws by stream name, (B, *shape) float32: what `Method.draws` asked for
+
+
+@dataclass
+class Losses:
+    """What one micro-batch costs; means over its images."""
+
+    total: Tensor  # scalar, fp32, to be back-propagated
+    per_image: Tensor  # (B,) fp32, detached: the loop checks that they are finite and names those that are not
+    parts: dict[str, Tensor] = field(default_factory=dict)  # 'generative', 'discriminative': scalars, detached
+
+
+class Method(nn.Module):
+    """Base of all methods. Trainable parameters are those of the module with ``requires_grad``.
+
+    `network` is the generator that is averaged, sampled from and exported: ``network(x, noise, y) -> F``.
+    Whatever else a resumed run needs (teacher, centres) is a submodule or a persistent buffer of the method.
+    """
+
+    network: nn.Module
+
+    def __init__(self, experiment: Experiment, shape: tuple[int, int, int], num_classes: int) -> None:
+        """`shape` is (C, H, W) as the network sees it; `num_classes` is also the null class's index."""
+        super().__init__()
+        self.experiment = experiment
+        self.shape, self.num_classes = shape, num_classes
+
+    def draws(self) -> Draws:
+        """The random numbers that a step needs for each position of the global batch."""
+        raise NotImplementedError
+
+    def begin_step(self, batches: list[Batch], step: int) -> list[Any]:
+        """Work before the gradient over all micro-batches of this worker; one context for each."""
+        return [None] * len(batches)
+
+    def forward(self, batch: Batch, context: Any, step: int) -> Losses:
+        raise NotImplementedError
+
+    def after_backward(self, step: int) -> None:
+        """Changes gradients once they are complete, before clipping and the optimiser."""
+
+    def after_optimizer(self, step: int) -> None:
+        """Follows the parameters just updated, e.g. a teacher."""
+
+    def end_step(self, step: int) -> dict[str, Tensor]:
+        """Last of a step: centres. Returns diagnostics over the global batch, by metric name without 'train/'.
+
+        They are detached scalars, left on the device: the loop reads them only where it logs.
+        """
+        return {}
+
+    def drop_labels(self, batch: Batch) -> Tensor:
+        """Labels (B,), the null class where the draw 'drop' says so (`method.class_dropout`)."""
+        return torch.where(batch.draws["drop"] < self.experiment.method.class_dropout, self.num_classes, batch.y)
+
+    @torch.no_grad()
+    def denoise(self, network: nn.Module, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        """The preconditioned denoiser D(x; sigma, y) of `network` (its averaged or raw copy), for sampling."""
+        raise NotImplementedError

@@ -1,0 +1,228 @@
+"""SD-DiT: EDM through a decoder, and self-distillation at the encoder (arXiv 2403.17004; methods.md §6).
+
+The student's encoder sees the visible tokens of x0 + σ_S eps; the teacher, its moving average, sees x0 + σ_T eps with
+σ_T near zero. What the paper leaves open is a field of `config.SDDiT`.
+
+Letters: B batch, N tokens, K visible, P prototypes; S student, T teacher; L_G generative, L_D discriminative loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from sddit.config import Experiment
+from sddit.config import SDDiT as SDDiTConfig
+from sddit.diffusion import edm
+from sddit.errors import UsageError
+from sddit.methods import discrimination
+from sddit.methods.base import Batch, Draws, Losses, Method
+from sddit.models import build_network, masking
+from sddit.models.layers import Encoder, keyed_init_, patchify
+from sddit.models.sddit import SDDiT
+
+
+@dataclass
+class Context:
+    """What a micro-batch's losses need beyond the batch."""
+
+    y: Tensor  # (B,) labels, some dropped
+    sigma: Tensor  # (B,) σ_S
+    mask: masking.Mask | None  # None: all tokens are visible
+    targets: Tensor | None = None  # (B, 1 + K, P): P_T of [CLS] and of the visible tokens in the mask's order
+
+    @property
+    def ids_keep(self) -> Tensor | None:
+        return self.mask.ids_keep if self.mask else None
+
+
+class SDDiTMethod(Method):
+    network: SDDiT
+
+    def __init__(self, experiment: Experiment, shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(experiment, shape, num_classes)
+        assert isinstance(experiment.method, SDDiTConfig)
+        self.options = options = experiment.method
+        if options.stop_gradient and not options.lambda_d:
+            raise UsageError(
+                "method.stop_gradient is true and method.lambda_d is 0, so that nothing would train the encoder. "
+                "Change either."
+            )
+        network = build_network(experiment, shape, num_classes)
+        assert isinstance(network, SDDiT)
+        self.network = network
+        self.keep = masking.keep_count(network.num_tokens, options.mask_ratio)
+        self.information: dict[str, Tensor] = {}
+        if not options.lambda_d:
+            return
+
+        self.heads = discrimination.Heads(options, network.width)
+        keyed_init_(self.heads, experiment.seed)
+        groups = network.num_tokens if options.centre_per_position else 1
+        self.targets_cls = discrimination.Targets(options)
+        self.targets_patch = discrimination.Targets(options, groups)
+
+        self.teacher = Encoder(
+            shape, num_classes, *experiment.model.dims, network.patch, null_row=False, cls_std=options.cls_init_std
+        )
+        self.teacher_heads = discrimination.Heads(options, network.width)
+        student = network.state_dict()
+        self.teacher.load_state_dict({name: student[name] for name in self.teacher.state_dict()})
+        self.teacher_heads.load_state_dict(self.heads.state_dict())
+        trained = dict(chain(network.named_parameters(), self.heads.named_parameters(prefix="heads")))
+        followers = dict(chain(self.teacher.named_parameters(), self.teacher_heads.named_parameters(prefix="heads")))
+        names = [name for name in followers if trained[name].requires_grad]
+        self._student_parameters: list[Tensor] = [trained[name] for name in names]
+        self._teacher_parameters: list[Tensor] = [followers[name].requires_grad_(False) for name in names]
+        if experiment.train.compile:
+            self._teacher_logits = torch.compile(self._teacher_logits)  # type: ignore[method-assign]
+
+    def train(self, mode: bool = True) -> SDDiTMethod:
+        super().train(mode)
+        if self.options.lambda_d:
+            self.teacher.eval()
+            self.teacher_heads.eval()
+        return self
+
+    def draws(self) -> Draws:
+        draws: Draws = {"drop": ("uniform", ()), "sigma": ("normal", ()), "noise": ("normal", self.shape)}
+        if self.keep < self.network.num_tokens:
+            draws["mask"] = ("uniform", (self.network.num_tokens,))
+        if self.options.lambda_d and self.options.teacher_sigma == "drawn":
+            draws["sigma_teacher"] = ("uniform", ())
+        if self.options.lambda_d and self.options.noise_coupling == "independent":
+            draws["noise_teacher"] = ("normal", self.shape)
+        return draws
+
+    # ------------------------------------------------------------------------------------------- before the gradient
+
+    @torch.no_grad()
+    def begin_step(self, batches: list[Batch], step: int) -> list[Context]:
+        """Masks, and the teacher's targets, which may depend on every token of the global batch."""
+        contexts = [self._context(batch) for batch in batches]
+        if not self.options.lambda_d:
+            return contexts
+        parts = [self._teacher_logits(batch, context) for batch, context in zip(batches, contexts, strict=True)]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        masks = [context.mask for context in contexts if context.mask]
+        ids_keep = torch.cat([mask.ids_keep for mask in masks]) if masks else None
+        targets = self._targets(logits, ids_keep, step)
+        for context, part in zip(contexts, targets.split([len(batch.x0) for batch in batches]), strict=True):
+            context.targets = part
+        cls, patch = discrimination.information(targets[:, 0], targets[:, 1:].flatten(0, 1))
+        self.information = {"information_cls": cls, "information_patch": patch}
+        return contexts
+
+    def _context(self, batch: Batch) -> Context:
+        diffusion = self.experiment.diffusion
+        sigma = edm.training_sigma(batch.draws["sigma"], diffusion.p_mean, diffusion.p_std)
+        mask = masking.random_mask(batch.draws["mask"], self.keep) if "mask" in batch.draws else None
+        return Context(self.drop_labels(batch), sigma, mask)
+
+    def _teacher_logits(self, batch: Batch, context: Context) -> Tensor:
+        """(B, 1 + N, P) of the cleaner view; only 1 + K tokens where the teacher sees what the student sees."""
+        options = self.options
+        sigma = self._teacher_sigma(batch, context)
+        eps = batch.draws["noise" if options.noise_coupling == "same" else "noise_teacher"]
+        y = {
+            "same": context.y,
+            "never_dropped": batch.y,
+            "always_dropped": torch.full_like(batch.y, self.num_classes),
+        }[options.teacher_label]
+        x = edm.network_input(batch.x0, eps, sigma, self.experiment.diffusion.sigma_data)
+        bf16 = self.experiment.train.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            tokens, c = self.teacher.embed(x), self.teacher.condition(sigma.log() / 4, y)
+            encoded = self.teacher.encode(tokens, c, context.ids_keep if options.teacher_tokens == "visible" else None)
+        return self.teacher_heads(encoded)
+
+    def _teacher_sigma(self, batch: Batch, context: Context) -> Tensor:
+        if self.options.teacher_sigma == "student":
+            return context.sigma
+        if self.options.teacher_sigma == "drawn":  # ln σ_T uniform between ln σ_min and ln σ_S
+            low = math.log(self.experiment.diffusion.sigma_min)
+            return (low + batch.draws["sigma_teacher"] * (context.sigma.log() - low)).exp()
+        return torch.full_like(context.sigma, self.options.teacher_sigma)
+
+    def _targets(self, logits: Tensor, ids_keep: Tensor | None, step: int) -> Tensor:
+        """P_T (B, 1 + K, P). Centre and balance over all tokens that the teacher saw, then keep the visible ones."""
+        options, (b, n, p) = self.options, logits[:, 1:].shape
+        seen_by_student = options.teacher_tokens == "visible" and ids_keep is not None
+        groups = None
+        if options.centre_per_position:
+            positions = torch.arange(n, device=logits.device).expand(b, n)
+            groups = (ids_keep if ids_keep is not None and seen_by_student else positions).flatten()
+        warm = discrimination.ramp(
+            options.tau_teacher_start, options.tau_teacher, step, options.tau_teacher_warmup_steps
+        )
+        cls = self.targets_cls(logits[:, 0], options.tau_teacher_cls)
+        patch = self.targets_patch(logits[:, 1:].flatten(0, 1), warm, groups).view(b, n, p)
+        if ids_keep is not None and not seen_by_student:
+            patch = masking.gather(patch, ids_keep)
+        return torch.cat([cls[:, None], patch], dim=1)
+
+    # ------------------------------------------------------------------------------------------------------ the loss
+
+    def forward(self, batch: Batch, context: Context, step: int) -> Losses:
+        network, options, sigma_data = self.network, self.options, self.experiment.diffusion.sigma_data
+        eps, sigma = batch.draws["noise"], context.sigma
+        tokens = network.embed(edm.network_input(batch.x0, eps, sigma, sigma_data))
+        c = network.condition(sigma.log() / 4, context.y)
+        encoded = network.encode(tokens, c, context.ids_keep)
+
+        # Embedders are part of the encoder: with stop_gradient, L_G reaches none of what the teacher copies.
+        shared = (encoded, tokens, c)
+        if options.stop_gradient:
+            shared = (encoded.detach(), tokens.detach(), c.detach())
+        output = network.decode(*shared, context.ids_keep)
+        error = (output.float() - edm.raw_target(batch.x0, eps, sigma, sigma_data)).square()
+        if options.generative_tokens == "visible" and context.mask:
+            visible = 1 - context.mask.removed
+            per_image = (patchify(error, network.patch).mean(dim=2) * visible).sum(dim=1) / self.keep
+        else:
+            per_image = error.mean(dim=(1, 2, 3))
+        total = per_image.mean()
+        parts = {"generative": total.detach()}
+
+        if context.targets is not None:
+            tokens_ce = discrimination.cross_entropy(self.heads(encoded), context.targets, options.tau_student)
+            cls, patch = tokens_ce[:, 0], tokens_ce[:, 1:].mean(dim=1)
+            per_image = per_image + options.lambda_d * (cls + patch)
+            total = per_image.mean()
+            parts |= {"discriminative_cls": cls.detach().mean(), "discriminative_patch": patch.detach().mean()}
+            parts["discriminative"] = parts["discriminative_cls"] + parts["discriminative_patch"]
+        return Losses(total, per_image.detach(), parts)
+
+    # -------------------------------------------------------------------------------------------- after the gradient
+
+    def after_backward(self, step: int) -> None:
+        if self.options.lambda_d and step < self.options.prototype_freeze_steps:
+            for head in self.heads.values():
+                head.get_parameter("prototypes.weight").grad = None
+
+    @torch.no_grad()
+    def after_optimizer(self, step: int) -> None:
+        if self.options.lambda_d:
+            torch._foreach_lerp_(self._teacher_parameters, self._student_parameters, 1 - self.teacher_momentum(step))
+
+    def teacher_momentum(self, step: int) -> float:
+        """a in θ̄ ← a θ̄ + (1 - a) θ."""
+        options = self.options
+        if options.teacher_momentum_end is None or options.teacher_momentum_horizon is None:
+            return options.teacher_momentum
+        end, horizon = options.teacher_momentum_end, options.teacher_momentum_horizon
+        return discrimination.cosine(options.teacher_momentum, end, step, horizon)
+
+    def end_step(self, step: int) -> dict[str, Tensor]:
+        if self.options.lambda_d:
+            self.targets_cls.update()
+            self.targets_patch.update()
+        return self.information
+
+    @torch.no_grad()
+    def denoise(self, network: nn.Module, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        return edm.denoise(network, x, sigma, y, self.experiment.diffusion.sigma_data)

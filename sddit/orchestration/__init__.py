@@ -1,0 +1,1 @@
+"""Sweeps on a Ray cluster. The only package that imports ray or optuna."""

@@ -1,0 +1,563 @@
+"""The only writer to MLflow: the driver's `SweepRecord` and each cell's `CellRecord`. mlflow.md holds the reasons.
+
+The driver alone creates experiment and runs. A cell writes points to its own run from one thread, in order, with
+timestamps made from the step, so that a point sent twice is one point. What is not yet sent travels in the cell's
+checkpoints: points before a checkpoint are in it or in MLflow, points after it are computed again by a resume. That is
+exactly once without a journal on disk, which a lost node would lose anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import functools
+import io
+import json
+import logging
+import os
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sddit.config import Experiment
+from sddit.errors import SupersededError, TrackingError, UsageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+HEARTBEAT_SECONDS = 10.0
+SILENT_SECONDS = 60.0  # a remote owner silent for so long is taken over
+SEND_SECONDS = 5.0  # points wait at most so long
+BATCH = 500  # points a call
+GRID_KEY = "samples/grid"
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The tracking URI asked for, from the environment or by default; a sqlite path is made absolute, since workers
+    run in other folders."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if "://" not in uri:
+        raise UsageError(
+            f"Tracking URI {uri!r} is not of a kind that can be used. Give sqlite:///mlflow.db or http://host:5000."
+        )
+    return uri
+
+
+@functools.lru_cache(maxsize=4)
+def open_client(uri: str) -> MlflowClient:
+    """One client a process and URI. Creates a sqlite file's schema under a lock, in write-ahead mode.
+
+    Raises:
+        TrackingError: the server or file cannot be reached.
+    """
+    # An outage must not block a caller for minutes; waiting and retrying is done by our own sender.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name in ("alembic", "mlflow", "mlflow.store.db.utils"):  # they announce every table
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    try:
+        if not uri.startswith("sqlite:///"):
+            client = MlflowClient(uri)
+        else:
+            path = Path(uri.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{path}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the schema is migrated without a lock of MLflow's own
+                client = MlflowClient(uri)
+                with contextlib.closing(sqlite3.connect(path, timeout=30)) as db:
+                    db.execute("PRAGMA journal_mode=WAL")
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError, sqlite3.Error) as error:
+        raise TrackingError(
+            f"The tracking store {uri} cannot be reached: {_first_line(error)}. Start it, or give another one with "
+            "--tracking-uri (default: sqlite:///mlflow.db in the current folder)."
+        ) from None
+    return client
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def _as_tracking_error(what: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(f"{what}: {_first_line(error)}.") from error
+
+
+# -------------------------------------------------------------------------------------------------------- the driver
+
+
+class Owner:
+    """The claim of this process on a run, its heart beating in a thread: one driver at a time (architecture.md §4).
+
+    Raises:
+        UsageError: another living process has it.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, what: str) -> None:
+        self.client, self.run_id, self.what = client, run_id, what
+        self.token = uuid.uuid4().hex
+        self.lost = False  # whether another process took it over
+        tags = client.get_run(run_id).data.tags
+        owner = json.loads(tags.get("sddit.owner") or "null")
+        if owner and _alive(owner, float(tags.get("sddit.heartbeat") or 0)):
+            raise UsageError(
+                f"{what} is being run by process {owner['pid']} on {owner['host']}, started "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(owner['start']))}. Wait for it, stop it, or "
+                "choose another name with --name."
+            )
+        pid = os.getpid()
+        me = {"host": socket.gethostname(), "pid": pid, "start": _process_start(pid), "token": self.token}
+        client.set_tag(run_id, "sddit.heartbeat", repr(time.time()))
+        client.set_tag(run_id, "sddit.owner", json.dumps(me))
+        client.update_run(run_id, status="RUNNING")
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def confirm(self) -> None:
+        """Checks that the claim stood: of two that start at once, the later writer has it. Call it a moment later.
+
+        Raises:
+            UsageError: another process has it.
+        """
+        owner = read_owner(self.client, self.run_id)
+        if owner.get("token") != self.token:
+            raise UsageError(
+                f"{self.what} was started by process {owner.get('pid')} on {owner.get('host')} at the same moment. "
+                "Wait for it, stop it, or choose another name with --name."
+            )
+
+    def _beat(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(MlflowException):  # an outage; the next beat tries again
+                if read_owner(self.client, self.run_id).get("token") != self.token:
+                    self.lost = True
+                    return
+                self.client.set_tag(self.run_id, "sddit.heartbeat", repr(time.time()))
+
+    def release(self, status: str | None = None) -> None:
+        """Gives the run free, ended with `status` (FINISHED, FAILED, KILLED) where one is given."""
+        self._stop.set()
+        if read_owner(self.client, self.run_id).get("token") == self.token:
+            self.client.set_tag(self.run_id, "sddit.owner", "null")
+            if status:
+                self.client.set_terminated(self.run_id, status=status)
+
+
+class SweepRecord:
+    """A sweep in MLflow: its experiment, its parent run and the runs of its cells.
+
+    Raises:
+        TrackingError: the store cannot be reached, or the experiment was deleted.
+    """
+
+    def __init__(self, uri: str, sweep: str, *, question: str = "") -> None:
+        self.uri, self.sweep = uri, sweep
+        self.client = open_client(uri)
+        with _as_tracking_error(f"Cannot open sweep {sweep!r} in {uri}"):
+            self.experiment_id = self._experiment()
+            self.parent_id = self._parent(question)
+
+    def claim(self, run_id: str | None = None) -> Owner:
+        """Makes this process the owner of the sweep, or of one cell's run."""
+        what = f"Sweep {self.sweep!r}" if run_id is None else f"This experiment in {self.sweep!r}"
+        with _as_tracking_error(f"{what} could not be claimed"):
+            return Owner(self.client, run_id or self.parent_id, what)
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self.client.get_experiment_by_name(self.sweep)
+        if experiment is None:
+            # A server keeps artifacts itself; a sqlite client would resolve them against its current folder.
+            local = self.uri.startswith("sqlite:///")
+            location = str(Path("mlruns").absolute() / self.sweep) if local else None
+            try:
+                return self.client.create_experiment(self.sweep, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = self.client.get_experiment_by_name(self.sweep)
+        if experiment.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"Sweep {self.sweep!r} was deleted in MLflow, which keeps its name. Restore it with "
+                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or choose --name."
+            )
+        return experiment.experiment_id
+
+    def _parent(self, question: str) -> str:
+        found = self.client.search_runs(
+            [self.experiment_id], "tags.`sddit.kind` = 'sweep'", order_by=["attributes.start_time ASC"], max_results=1
+        )
+        if found:
+            return found[0].info.run_id
+        tags = {"sddit.kind": "sweep", "mlflow.user": _user(), "mlflow.source.name": self.sweep}
+        if question:
+            tags["sddit.question"] = tags["mlflow.note.content"] = question
+        return self.client.create_run(self.experiment_id, run_name=self.sweep, tags=tags).info.run_id
+
+    # ---- cells
+
+    def start_cell(
+        self, experiment: Experiment, *, identity: str, data_digest: str, label: str, run_id: str | None
+    ) -> str:
+        """The run of a cell, created or opened again, in state 'running'. Returns its run id."""
+        from mlflow.entities import Param, RunTag
+
+        tags = {
+            "sddit.kind": "cell",
+            "sddit.identity": identity,
+            "sddit.state": "running",
+            "sddit.steps": str(experiment.train.steps),
+            "sddit.workers": str(experiment.resources.workers),
+            "sddit.code": code_revision(),
+            "sddit.data": experiment.data.path,
+            "mlflow.parentRunId": self.parent_id,
+            "mlflow.user": _user(),
+            "mlflow.source.name": self.sweep,
+            "mlflow.source.type": "LOCAL",
+        }
+        with _as_tracking_error(f"Cell {identity} could not be recorded"):
+            if run_id is None:
+                name = f"{label}-{experiment.method.name}-s{experiment.seed}-{identity}"
+                run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+                fields = {**experiment.digest_fields(), "data.digest": data_digest}
+                params = [Param(k, _param(v)) for k, v in fields.items()]
+                self.client.log_batch(run_id, params=params)
+            else:
+                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+                self.client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def end_cell(self, run_id: str, state: str, *, error: str = "", log_file: str = "") -> None:
+        """Sets a cell's state: done, pruned or failed."""
+        from mlflow.entities import RunTag
+
+        tags = {"sddit.state": state, "sddit.error": error[:5000], "sddit.log": log_file}
+        with _as_tracking_error(f"The end of run {run_id} could not be recorded"):
+            self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+            self.client.set_terminated(run_id, status="FAILED" if state == "failed" else "FINISHED")
+
+    def read_step(self, run_id: str) -> int:
+        """The step that a running cell has recorded last."""
+        return int(self.client.get_run(run_id).data.tags.get("sddit.step", 0))
+
+    def set_tag(self, name: str, value: str) -> None:
+        """A tag of the parent run; refused when it is too long, since MLflow would cut it in silence."""
+        if len(value) > 8000:
+            raise TrackingError(f"Tag {name} has {len(value)} characters; MLflow holds 8000.")
+        with _as_tracking_error(f"Tag {name} of sweep {self.sweep!r} could not be set"):
+            self.client.set_tag(self.parent_id, name, value)
+
+    def artifact(self, path: Path) -> None:
+        """A file on the parent run; written over when it is there already."""
+        with _as_tracking_error(f"{path} could not be put on the sweep's run"):
+            self.client.log_artifact(self.parent_id, str(path))
+
+
+def read_owner(client: MlflowClient, parent_id: str) -> dict[str, Any]:
+    """Who drives the sweep of this parent run; empty when nobody does."""
+    return json.loads(client.get_run(parent_id).data.tags.get("sddit.owner") or "null") or {}
+
+
+def _alive(owner: Mapping[str, Any], heartbeat: float) -> bool:
+    """A local owner lives while its process does; a remote one while its heart beats."""
+    if owner["host"] == socket.gethostname():
+        return _process_start(owner["pid"]) == owner["start"]
+    return time.time() - heartbeat < SILENT_SECONDS
+
+
+def _process_start(pid: int) -> float | None:
+    """When a process began, so that a reused pid is not taken for it; None if there is none."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time(), 2)
+    except psutil.Error:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------- the cell
+
+
+class CellRecord:
+    """A cell's own run, written by one thread: points, grids and tags, each once (`sddit.training.loop.Reporter`).
+
+    Args:
+        uri, run_id: where to write; the run exists.
+        owned_run, token: whose it is. When another driver has taken it over, nothing more is written.
+        report: called with (step, metrics) when an evaluation is done; may not return.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        run_id: str,
+        *,
+        owned_run: str | None = None,
+        token: str | None = None,
+        report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    ) -> None:
+        self.client = open_client(uri)
+        self.run_id, self.owned_run, self.token, self.report = run_id, owned_run, token, report
+        with _as_tracking_error(f"Run {run_id} could not be read"):
+            run = self.client.get_run(run_id)
+            self._start_time = run.info.start_time
+            # The first value recorded for a step stays: speeds and costs differ when a resume computes them again.
+            self._known = {
+                (key, m.step) for key in run.data.metrics for m in self.client.get_metric_history(run_id, key)
+            }
+            self._grids = _recorded_grids(self.client, run_id)
+        self._queue: deque[list[Any]] = (
+            deque()
+        )  # ['points', step, {…}], ['grid', step, png in base64], ['tag', name, value]
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    # ---- Reporter
+
+    def points(self, step: int, metrics: Mapping[str, float]) -> None:
+        new = {k: float(v) for k, v in metrics.items() if (k, step) not in self._known}
+        self._known.update((k, step) for k in new)
+        if new:
+            self._put(["points", step, new])
+
+    def grid(self, step: int, image: np.ndarray) -> None:
+        if step in self._grids:
+            return
+        from PIL import Image
+
+        self._grids.add(step)
+        png = io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(png, "png")
+        self._put(["grid", step, base64.b64encode(png.getvalue()).decode()])
+
+    def tag(self, name: str, value: str) -> None:
+        self._put(["tag", name, value])
+
+    def pending(self) -> list[Any]:
+        self._raise_failure()
+        with self._wake:
+            return list(self._queue)
+
+    def restore(self, pending: list[Any]) -> None:
+        for kind, key, value in pending:
+            if kind == "points":
+                self.points(key, value)
+            elif kind == "tag" or key not in self._grids:
+                if kind == "grid":
+                    self._grids.add(key)
+                self._put([kind, key, value])
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        self.flush(timeout=SEND_SECONDS)
+        self.report(step, metrics)
+
+    # ---- sending
+
+    def fence(self) -> None:
+        """Raises SupersededError when another driver owns the sweep. An unreachable store is no such proof."""
+        from mlflow.exceptions import MlflowException
+
+        self._raise_failure()
+        if self.owned_run is None:
+            return
+        with contextlib.suppress(MlflowException):
+            if read_owner(self.client, self.owned_run).get("token") != self.token:
+                raise SupersededError("Another driver has taken this sweep over; this cell stops without writing.")
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until everything is sent. False when it was not in time."""
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            self._wake.notify_all()
+            while self._queue and self._failure is None and time.monotonic() < deadline:
+                self._wake.wait(min(0.05, timeout))
+            return not self._queue
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Sends what is left.
+
+        Raises:
+            TrackingError: the store did not answer in time; the points are in the cell's last checkpoint.
+        """
+        sent = self.flush(timeout)
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        self._thread.join(timeout=SEND_SECONDS)
+        self._raise_failure()
+        if not sent:
+            raise TrackingError(
+                f"{len(self._queue)} records of run {self.run_id} could not be sent. They are in its last checkpoint "
+                "and are sent when the same command is run again."
+            )
+
+    def _put(self, item: list[Any]) -> None:
+        with self._wake:
+            self._queue.append(item)
+            if sum(len(i[2]) for i in self._queue if i[0] == "points") >= BATCH:
+                self._wake.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _send_loop(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        backoff = 1.0
+        while True:
+            with self._wake:
+                if not self._closing:
+                    self._wake.wait(SEND_SECONDS)
+                if self._closing and not self._queue:
+                    return
+                batch = self._next_batch()
+            if not batch:
+                continue
+            try:
+                self.fence()
+                self._send(batch)
+            except SupersededError as error:
+                self._failure = error
+                return
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    if self._closing:
+                        return
+                    log.warning("MLflow does not answer (%s); %d records wait.", _first_line(error), len(self._queue))
+                    time.sleep(backoff)
+                    backoff = min(30.0, 2 * backoff)
+                    continue
+                log.error("MLflow refuses a record, which is left out: %s. %s", _first_line(error), batch)
+            backoff = 1.0
+            with self._wake:
+                for _ in batch:
+                    self._queue.popleft()
+                self._wake.notify_all()
+
+    def _next_batch(self) -> list[list[Any]]:
+        """The longest run of items at the head that one call can send: points and tags together, a grid alone."""
+        batch: list[list[Any]] = []
+        points = 0
+        for item in self._queue:
+            points += len(item[2]) if item[0] == "points" else 0
+            if (item[0] == "grid" and batch) or points > BATCH:
+                break
+            batch.append(item)
+            if item[0] == "grid":
+                break
+        return batch or list(self._queue)[:1]
+
+    def _send(self, batch: list[list[Any]]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        if batch[0][0] == "grid":
+            _, step, png = batch[0]
+            from PIL import Image
+
+            image = Image.open(io.BytesIO(base64.b64decode(png)))
+            self.client.log_image(self.run_id, image, key=GRID_KEY, step=step, timestamp=self._start_time + step)
+            return
+        # The timestamp comes from the record and the step, so the same point sent twice has the same primary key.
+        metrics = [
+            Metric(key, value, self._start_time + step, step)
+            for kind, step, values in batch
+            if kind == "points"
+            for key, value in values.items()
+        ]
+        tags = [RunTag(key, value) for kind, key, value in batch if kind == "tag"]
+        if steps := [step for kind, step, _ in batch if kind == "points"]:
+            tags.append(RunTag("sddit.step", str(max(steps))))
+        self.client.log_batch(self.run_id, metrics=metrics, tags=tags)
+
+
+class NullRecord:
+    """The reporter of workers other than the first: they report evaluations and record nothing."""
+
+    def __init__(self, report: Callable[[int, dict[str, float]], None]) -> None:
+        self.report = report
+
+    def points(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def grid(self, step: int, image: np.ndarray) -> None: ...
+
+    def tag(self, name: str, value: str) -> None: ...
+
+    def pending(self) -> list[Any]:
+        return []
+
+    def restore(self, pending: list[Any]) -> None: ...
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        self.report(step, metrics)
+
+
+def _recorded_grids(client: MlflowClient, run_id: str) -> set[int]:
+    head = "images/" + GRID_KEY.replace("/", "~") + "+step+"
+    return {
+        int(artifact.path.removeprefix(head).split("+")[0])
+        for artifact in client.list_artifacts(run_id, "images")
+        if artifact.path.startswith(head)
+    }
+
+
+def _param(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no such user in a container
+        return "unknown"
+
+
+@functools.cache
+def code_revision() -> str:
+    """The git revision of the project's code, with '-dirty' when files differ from it; 'unknown' outside git."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD").strip()
+        return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Training and evaluation of one experiment. Imports neither ray nor mlflow."""

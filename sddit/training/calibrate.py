@@ -1,0 +1,67 @@
+"""``python -m sddit.training.calibrate``: times a few steps and samples of the experiment given on standard input.
+
+Prints seconds per FLOP of training and of sampling as JSON, for `sddit.cost.Speed`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+
+import torch
+
+from sddit import cost
+from sddit.config import Experiment
+from sddit.data import open_manifest
+from sddit.data.sampler import BatchSampler
+from sddit.data.shards import Shards
+from sddit.methods import build_method
+from sddit.metrics import features, fidelity
+from sddit.tracking import NullRecord
+from sddit.training import loop
+from sddit.training.store import CheckpointStore
+
+WARM_UP, STEPS, SAMPLES = 3, 20, 128
+
+
+def measure(experiment: Experiment, device: torch.device) -> cost.Speed:
+    """The speed of one worker on `device`: a short run of the loop itself, after a shorter one to warm up."""
+    torch.set_num_threads(experiment.resources.cpus_per_worker)
+    manifest = open_manifest(experiment.data.path)
+    extractor = features.get_extractor(experiment.eval.extractor, device)
+    clocks = None
+    for steps in (WARM_UP, STEPS):
+        short = experiment.replace(
+            {
+                "resources.workers": 1,
+                "train.steps": steps,
+                "eval.every": steps,
+                "eval.samples": min(SAMPLES, experiment.eval.samples),
+                "eval.grid": 1,
+            }
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            result = loop.train(
+                short,
+                build_method(short, manifest.shape, manifest.num_classes),
+                BatchSampler(
+                    Shards(manifest), seed=short.seed, batch_size=short.train.batch_size, flip=short.data.flip
+                ),
+                store=CheckpointStore(folder),
+                reporter=NullRecord(lambda step, metrics: None),
+                extractor=extractor,
+                reference=lambda: fidelity.reference_moments(manifest, extractor),
+                device=device,
+            )
+        clocks = result.clocks
+    assert clocks is not None
+    trained = STEPS * short.train.batch_size * cost.training_flops_per_image(short, manifest.shape)
+    sampled = short.eval.samples * cost.sampling_flops_per_image(short, manifest.shape)
+    return cost.Speed(clocks.train_seconds / trained, clocks.eval_seconds / sampled)
+
+
+if __name__ == "__main__":
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(asdict(measure(Experiment.parse(json.load(sys.stdin)), where))))

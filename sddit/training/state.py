@@ -1,0 +1,114 @@
+"""All that a training run carries from step to step, and its form as tensors in a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sddit.config import Experiment
+from sddit.errors import CheckpointError
+from sddit.methods.base import Method
+from sddit.training.store import SAMPLING, TRAINING
+
+
+class SamplingEMA:
+    """The averaged network: an exact copy at the start, then θ̄ ← β θ̄ + (1 − β) θ after every step.
+
+    β is a fixed rate, or (1 − 1/t)^(γ + 1) at step t for the rule 'power:γ' (EDM2, arXiv 2312.02696, eq. 127), which
+    needs no horizon.
+    """
+
+    def __init__(self, network: nn.Module, rule: float | str) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.rule = rule
+        names = {name for name, p in network.named_parameters() if p.requires_grad}
+        self._source = [p for name, p in network.named_parameters() if name in names]
+        self._average = [p for name, p in self.network.named_parameters() if name in names]
+
+    def beta(self, step: int) -> float:
+        """The weight of the past at update `step` = 1, 2, …"""
+        if isinstance(self.rule, str):
+            return (1 - 1 / step) ** (float(self.rule.removeprefix("power:")) + 1)
+        return self.rule
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self._average, self._source, 1 - self.beta(step))
+
+
+@dataclass
+class Clocks:
+    """What a run has cost so far, over all its starts."""
+
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    device_seconds: float = 0.0  # both, times the workers of the time
+
+    def add(self, *, train: float = 0.0, evaluation: float = 0.0, workers: int) -> None:
+        self.train_seconds += train
+        self.eval_seconds += evaluation
+        self.device_seconds += (train + evaluation) * workers
+
+
+@dataclass
+class TrainState:
+    """Method (network, head, teacher, centres), optimiser, sampling EMA, step and clocks."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    ema: SamplingEMA
+    step: int = 0
+    clocks: Clocks = field(default_factory=Clocks)
+
+    @classmethod
+    def create(cls, experiment: Experiment, method: Method, device: torch.device) -> TrainState:
+        method.to(device).train()
+        train = experiment.train
+        optimizer = torch.optim.AdamW(
+            [p for p in method.parameters() if p.requires_grad],
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        return cls(method, optimizer, SamplingEMA(method.network, train.ema))
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint: 'sampling' (averaged network) and 'training' (the rest)."""
+        training = {f"method/{k}": v for k, v in self.method.state_dict().items()}
+        for name, parameter in self._trainable().items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                training[f"optimizer/{name}/{key}"] = value
+        return {SAMPLING: dict(self.ema.network.state_dict()), TRAINING: training}
+
+    def restore(self, step: int, values: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Goes back to what `groups` gave, bit for bit.
+
+        Raises:
+            CheckpointError: names or shapes of the tensors are not those of this experiment.
+        """
+        training = groups[TRAINING]
+        try:
+            self.method.load_state_dict(_under("method/", training))
+            self.ema.network.load_state_dict(groups[SAMPLING])
+        except RuntimeError as error:
+            raise CheckpointError(f"The checkpoint at step {step} is of another network: {error}") from error
+        for name, parameter in self._trainable().items():
+            if state := _under(f"optimizer/{name}/", training):
+                # AdamW's own step counter stays where the fused kernel wants it: beside its parameter.
+                self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        self.step = step
+        self.clocks = Clocks(**values["clocks"])
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.method.named_parameters() if p.requires_grad}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,215 @@
+"""Checkpoints in a folder or on object storage: written atomically, verified when read, never unpickled.
+
+    <root>/step-00000600/sampling.safetensors    the averaged network: enough to sample
+    <root>/step-00000600/training.safetensors    what going on needs: parameters, optimiser, teacher, centres
+    <root>/step-00000600/manifest.json           sizes, digests and plain values; written last
+
+A folder without a manifest is not a checkpoint; the newest one that verifies wins (architecture.md §4). Imports torch
+only where tensors are read or written, so the driver can keep house.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyarrow import fs
+
+from sddit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+SAMPLING, TRAINING = "sampling", "training"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest is complete. `values` are plain; tensors are read by `load`."""
+
+    uri: str
+    step: int
+    values: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    def load(self, group: str) -> dict[str, Tensor]:
+        """The tensors of 'sampling' or 'training', on the CPU.
+
+        Raises:
+            CheckpointError: the file is missing, has another size or digest, or was slimmed away.
+        """
+        if group not in self.files:
+            raise CheckpointError(
+                f"{self.uri} was slimmed to its sampling weights, so it cannot be trained further. "
+                "Train the cell anew under another sweep name, or raise --max-disk-gb before slimming."
+            )
+        import safetensors.torch
+
+        filesystem, root = _filesystem(self.uri)
+        expected = self.files[group]
+        try:
+            with filesystem.open_input_file(f"{root}/{group}.safetensors") as file:
+                data = file.read()
+            if len(data) != expected["bytes"] or _digest(data) != expected["blake2b"]:
+                raise ValueError(f"{len(data)} bytes of {expected['bytes']}, or other content than was written")
+            return safetensors.torch.load(data)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"Corrupt checkpoint {self.uri}/{group}.safetensors: {error}.") from error
+
+
+class CheckpointStore:
+    """The checkpoints of one cell under `root`, a local path or a URI such as ``s3://bucket/runs/name/identity``.
+
+    `fence` is called before anything is written and raises if another driver owns the cell by now.
+    """
+
+    def __init__(self, root: str | Path, *, keep: int = 2, fence: Callable[[], None] | None = None) -> None:
+        self.root = str(root).rstrip("/")
+        self.keep = keep
+        self.fence = fence or (lambda: None)
+        self.filesystem, self.path = _filesystem(self.root)
+
+    def check_writable(self) -> None:
+        """Writes and removes a file.
+
+        Raises:
+            CheckpointError: with the folder and the reason.
+        """
+        probe = f"{self.path}/.writable"
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+            with self.filesystem.open_output_stream(probe) as file:
+                file.write(b"")
+            self.filesystem.delete_file(probe)
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write checkpoints to {self.root}: {_reason(error)}. "
+                "Choose another place with --storage, or give this user the right to write there."
+            ) from error
+
+    def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> str:
+        """Writes a checkpoint and removes all but the newest `keep`. Returns its URI. `values` must fit into JSON."""
+        import safetensors.torch
+
+        self.fence()
+        folder = f"{self.path}/step-{step:08d}"
+        self.filesystem.create_dir(folder, recursive=True)
+        files = {}
+        for group, tensors in groups.items():
+            data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+            self._write(f"{folder}/{group}.safetensors", data)
+            files[group] = {"bytes": len(data), "blake2b": _digest(data)}
+        self._write_manifest(folder, {"step": step, "files": files, "values": dict(values)})
+        self.prune(self.keep)
+        return f"{self.root}/step-{step:08d}"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All complete checkpoints, newest first; incomplete ones are named in the log."""
+        found = []
+        for step in sorted(self._steps(), reverse=True):
+            uri = f"{self.root}/step-{step:08d}"
+            try:
+                found.append(read_checkpoint(uri))
+            except CheckpointError as error:
+                log.warning("%s Using an older one if there is any.", error)
+        return found
+
+    def latest(self, group: str) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+        """The newest checkpoint whose `group` verifies, with its tensors; corrupt ones are named and passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be used.
+        """
+        failures = []
+        for checkpoint in self.checkpoints():
+            try:
+                return checkpoint, checkpoint.load(group)
+            except CheckpointError as error:
+                failures.append(str(error))
+                log.warning("%s Using an older one if there is any.", error)
+        if failures:
+            raise CheckpointError("\n".join([f"No usable checkpoint under {self.root}:", *failures]))
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Removes all but the newest `keep` checkpoints, and torn ones older than them."""
+        for step in sorted(self._steps(), reverse=True)[keep:]:
+            self.filesystem.delete_dir(f"{self.path}/step-{step:08d}")
+
+    def slim(self) -> int:
+        """Drops what going on needs from every checkpoint and keeps the sampling weights. Returns the bytes freed."""
+        self.fence()
+        freed = 0
+        for checkpoint in self.checkpoints():
+            if TRAINING not in checkpoint.files or SAMPLING not in checkpoint.files:
+                continue
+            folder = f"{self.path}/step-{checkpoint.step:08d}"
+            files = {k: v for k, v in checkpoint.files.items() if k != TRAINING}
+            # The manifest first: a kill in between leaves a stray file, never a checkpoint that lies.
+            self._write_manifest(folder, {"step": checkpoint.step, "files": files, "values": checkpoint.values})
+            self.filesystem.delete_file(f"{folder}/{TRAINING}.safetensors")
+            freed += checkpoint.files[TRAINING]["bytes"]
+        return freed
+
+    def bytes(self) -> int:
+        """Bytes of all files under the root."""
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        return sum(info.size or 0 for info in self.filesystem.get_file_info(selector))
+
+    def _steps(self) -> list[int]:
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        names = [info.base_name for info in self.filesystem.get_file_info(selector)]
+        return [int(m.group(1)) for m in (re.fullmatch(r"step-(\d+)", name) for name in names) if m]
+
+    def _write_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
+        self._write(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+
+    def _write(self, path: str, data: bytes) -> None:
+        """One file at once: renamed into place where the file system can, one PUT on object storage."""
+        local = isinstance(self.filesystem, fs.LocalFileSystem)
+        target = f"{path}.part" if local else path
+        with self.filesystem.open_output_stream(target) as file:
+            file.write(data)
+        if local:
+            self.filesystem.move(target, path)
+
+
+def read_checkpoint(uri: str | Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: no such folder, or it has no readable manifest.
+    """
+    uri = str(uri).rstrip("/")
+    filesystem, path = _filesystem(uri)
+    try:
+        with filesystem.open_input_file(f"{path}/{MANIFEST}") as file:
+            manifest = json.loads(file.read())
+        return Checkpoint(uri, int(manifest["step"]), manifest["values"], manifest["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"No checkpoint at {uri}: it has no {MANIFEST}, so it was never completed.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"Corrupt checkpoint {uri}: {MANIFEST} is not readable ({error}).") from error
+
+
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    if "://" in uri:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        return filesystem, path.rstrip("/")
+    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).strip().rstrip(".")

@@ -1,0 +1,24 @@
+"""The environment every test runs in. Set on import: pytest reads this file before any test imports ray or mlflow."""
+
+import os
+import tempfile
+
+# Removed when the session ends; nothing of the user's own cache is read or written.
+_cache = tempfile.TemporaryDirectory(prefix="sddit-test-cache-", ignore_cleanup_errors=True)
+
+os.environ.update(
+    SDDIT_CACHE=_cache.name,
+    # Ray asks for a token file and for cluster support on macOS; reports usage; draws its own tables.
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AIR_NEW_OUTPUT="0",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    # The networks are tiny: threads would cost more than they bring, and sums stay in one order.
+    OMP_NUM_THREADS="1",
+)
+
+# A test must not write to the tracking server or the cluster of whoever runs it.
+for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
