@@ -341,7 +341,7 @@ class CellRecord:
             deque()
         )  # ['points', step, {…}], ['grid', step, png in base64], ['tag', name, value]
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing = self._urgent = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
         self._thread.start()
@@ -400,11 +400,10 @@ class CellRecord:
 
     def flush(self, timeout: float) -> bool:
         """Waits until everything is sent. False when it was not in time."""
-        deadline = time.monotonic() + timeout
         with self._wake:
+            self._urgent = True
             self._wake.notify_all()
-            while self._queue and self._failure is None and time.monotonic() < deadline:
-                self._wake.wait(min(0.05, timeout))
+            self._wake.wait_for(lambda: not self._queue or self._failure is not None, timeout)
             return not self._queue
 
     def close(self, timeout: float = 60.0) -> None:
@@ -428,8 +427,6 @@ class CellRecord:
     def _put(self, item: list[Any]) -> None:
         with self._wake:
             self._queue.append(item)
-            if sum(len(i[2]) for i in self._queue if i[0] == "points") >= BATCH:
-                self._wake.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -441,8 +438,8 @@ class CellRecord:
         backoff = 1.0
         while True:
             with self._wake:
-                if not self._closing:
-                    self._wake.wait(SEND_SECONDS)
+                self._urgent = self._urgent and bool(self._queue)
+                self._wake.wait_for(lambda: self._urgent or self._closing, SEND_SECONDS)
                 if self._closing and not self._queue:
                     return
                 batch = self._next_batch()
@@ -452,7 +449,9 @@ class CellRecord:
                 self.fence()
                 self._send(batch)
             except SupersededError as error:
-                self._failure = error
+                with self._wake:
+                    self._failure = error
+                    self._wake.notify_all()
                 return
             except MlflowException as error:
                 if error.error_code != "INVALID_PARAMETER_VALUE":
@@ -521,6 +520,10 @@ class NullRecord:
         return []
 
     def restore(self, pending: list[Any]) -> None: ...
+
+    def fence(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         self.report(step, metrics)

@@ -1,8 +1,10 @@
 """What a prepared data set is: `manifest.json` beside `.npy` shards. Reads and checks it; free of torch.
 
-    <folder>/manifest.json      written last: a folder without one is not a data set
+    <folder>/manifest.json      counts, shape, classes, and the size and digest of every file
     <folder>/images-00000.npy   uint8 (n, C, H, W)
     <folder>/labels-00000.npy   int64 (n,)
+
+The manifest is written last: a folder without one is not a data set.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sddit.errors import DataError, did_you_mean
 
 MANIFEST = "manifest.json"
-VERSION = 1  # of the folder's layout
+VERSION: Literal[1] = 1  # of the folder's layout
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -220,9 +222,7 @@ def _check_size(folder: Path, file: File) -> None:
     except OSError as error:
         raise DataError(f"{folder / file.file} is missing: {error.strerror}. {_remake(folder)}") from None
     if size != file.bytes:
-        raise DataError(
-            f"{folder / file.file} has {size:,} bytes, but {file.bytes:,} were written. {_remake(folder)}"
-        )
+        raise DataError(f"{folder / file.file} has {size:,} bytes, but {file.bytes:,} were written. {_remake(folder)}")
 
 
 def _remake(folder: Path) -> str:

@@ -86,16 +86,21 @@ class Shards:
     def _open(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i not in self._mapped:
             manifest, shard = self.manifest, self.manifest.shards[i]
-            images, labels = load_array(manifest.folder, shard.images), load_array(manifest.folder, shard.labels)
-            expected = (np.dtype(np.uint8), (shard.count, *manifest.shape)), (np.dtype("<i8"), (shard.count,))
-            for file, array, (dtype, shape) in zip((shard.images, shard.labels), (images, labels), expected, strict=True):
-                if (array.dtype, array.shape) != (dtype, shape):
-                    raise DataError(
-                        f"{manifest.folder / file.file} holds {array.dtype} {array.shape}, but its manifest says "
-                        f"{dtype} {shape}. Prepare the data again."
-                    )
-            self._mapped[i] = images, labels
+            self._mapped[i] = (
+                _map(manifest.folder, shard.images, np.dtype(np.uint8), (shard.count, *manifest.shape)),
+                _map(manifest.folder, shard.labels, np.dtype("<i8"), (shard.count,)),
+            )
         return self._mapped[i]
+
+
+def _map(folder: Path, file: File, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    array = load_array(folder, file)
+    if (array.dtype, array.shape) != (dtype, shape):
+        raise DataError(
+            f"{folder / file.file} holds {array.dtype} {array.shape}, but its manifest says {dtype} {shape}. "
+            "Prepare the data again."
+        )
+    return array
 
 
 def _save(folder: Path, name: str, array: np.ndarray) -> File:

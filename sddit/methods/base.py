@@ -40,7 +40,7 @@ class Losses:
     """What one micro-batch costs; means over its images."""
 
     total: Tensor  # scalar, fp32, to be back-propagated
-    per_image: Tensor  # (B,) fp32, detached: the loop checks that they are finite and names those that are not
+    per_image: Tensor  # (B,) fp32, detached: the generative loss, which tells where a non-finite total comes from
     parts: dict[str, Tensor] = field(default_factory=dict)  # 'generative', 'discriminative': scalars, detached
 
 

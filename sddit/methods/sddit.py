@@ -191,8 +191,7 @@ class SDDiTMethod(Method):
         if context.targets is not None:
             tokens_ce = discrimination.cross_entropy(self.heads(encoded), context.targets, options.tau_student)
             cls, patch = tokens_ce[:, 0], tokens_ce[:, 1:].mean(dim=1)
-            per_image = per_image + options.lambda_d * (cls + patch)
-            total = per_image.mean()
+            total = total + options.lambda_d * (cls + patch).mean()
             parts |= {"discriminative_cls": cls.detach().mean(), "discriminative_patch": patch.detach().mean()}
             parts["discriminative"] = parts["discriminative_cls"] + parts["discriminative_patch"]
         return Losses(total, per_image.detach(), parts)

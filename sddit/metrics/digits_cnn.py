@@ -82,7 +82,7 @@ class DigitsCNN(FeatureExtractorBase):
         return torch.zeros((1, 1, 8, 8), dtype=torch.uint8)
 
 
-def split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and the test images: 360 for testing, the same fraction of each class."""
     rank = np.empty(len(labels))
     for c in np.unique(labels):
@@ -99,22 +99,23 @@ def accuracy(net: DigitsCNN, images: Tensor, labels: Tensor) -> float:
 
 
 def train(
-    images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 60, batch_size: int = 64, lr: float = 3e-3
+    images: Tensor, labels: Tensor, *, seed: int, epochs: int = 60, batch_size: int = 64, lr: float = 3e-3
 ) -> DigitsCNN:
     """A network trained on uint8 images (n, 1, 8, 8) and int64 labels (n,), a function of the arguments alone.
 
-    Each image is moved by up to one pixel in either direction; the learning rate falls to zero along a cosine.
+    Half of the images are moved by up to one pixel in either direction; the learning rate falls to zero along a cosine.
+    No label smoothing, dropout or weight decay: they collapse the features of a class, and with them what FID can see.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DigitsCNN("digits-cnn", ["64"], weights=_initial())
         net.train().requires_grad_(True)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
+        optimizer = torch.optim.Adam(net.parameters(), lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in range(epochs):
             for batch in torch.randperm(len(images)).split(batch_size):
                 logits = net.classify(_shifted(images[batch]))
-                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
+                loss = F.cross_entropy(logits, labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -124,19 +125,20 @@ def train(
 
 def main() -> None:
     torch.set_num_threads(1)
-    settings = {"seed": 0, "epochs": 60, "batch_size": 64, "lr": 3e-3}
+    seed = 0
     manifest = open_manifest("digits")
     images, labels = map(torch.from_numpy, Shards(manifest).read(np.arange(manifest.count)))
-    train_indices, test_indices = map(torch.from_numpy, split(labels.numpy(), seed=0))
-    net = train(images[train_indices], labels[train_indices], **settings)
-    safetensors.torch.save_file(net.state_dict(), WEIGHTS)
+    train_indices, test_indices = map(torch.from_numpy, split(labels.numpy(), seed))
+    net = train(images[train_indices], labels[train_indices], seed=seed)
+    WEIGHTS.write_bytes(safetensors.torch.save(net.state_dict()))
     card = {
         "test_accuracy": accuracy(net, images[test_indices], labels[test_indices]),
         "train_accuracy": accuracy(net, images[train_indices], labels[train_indices]),
         "train_images": len(train_indices),
         "test_images": len(test_indices),
-        "training": "python -m sddit.metrics.digits_cnn",
-        **settings,
+        "command": "python -m sddit.metrics.digits_cnn",
+        "training": "Adam, 3e-3 falling to 0 along a cosine, 60 epochs of batches of 64, half of the images moved",
+        "seed": seed,
         "data": manifest.digest,
         "weights_sha256": file_digest(WEIGHTS),
         "torch": torch.__version__,
@@ -164,10 +166,10 @@ def _initial() -> dict[str, Tensor]:
 
 
 def _shifted(images: Tensor) -> Tensor:
-    """Each image moved by -1, 0 or 1 pixel along each axis; black comes in at the border."""
+    """Half of the images moved by -1, 0 or 1 pixel along each axis; black comes in at the border."""
     padded = F.pad(images, (1, 1, 1, 1))
-    offsets = torch.randint(0, 3, (2, len(images), 1))
-    rows, columns = torch.arange(8) + offsets  # (b, 8) each
+    moves = torch.randint(-1, 2, (2, len(images), 1)) * (torch.rand(len(images), 1) < 0.5)
+    rows, columns = torch.arange(8) + 1 + moves  # (b, 8) each
     return padded[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
 
 

@@ -118,7 +118,7 @@ def get_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
 
 
 def extractor_digest(name: str) -> str:
-    """Twelve hexadecimal digits for name and weights, as in `Extractor.digest`; without torch but for `module:Class`."""
+    """`Extractor.digest`: twelve hexadecimal digits for name and weights. Needs torch for `module:Class` only."""
     check_extractor(name)
     if name == DIGITS_CNN:
         return _digest_of(name, Path(__file__).with_name("digits_cnn.safetensors"))
@@ -141,7 +141,7 @@ class Extractor:
         self.name, self.digest, self.device = name, digest, device
         self.module = module.eval().requires_grad_(False).to(device)
         try:
-            dummy = module.get_dummy_input_for_compile()
+            dummy = module.get_dummy_input_for_compile()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             dummy = torch.zeros((1, 3, 64, 64), dtype=torch.uint8)
         self.channels = dummy.shape[1]

@@ -401,7 +401,5 @@ def ui_link(uri: str, experiment_id: str) -> str:
 
 
 def resume_line(*extra: str) -> str:
-    """The command that goes on with this sweep."""
-    script = os.path.relpath(sys.argv[0])
-    python = sys.executable if shutil.which("python") != sys.executable else "python"
-    return shlex.join([os.path.relpath(python) if os.sep in python else python, script, *sys.argv[1:], *extra])
+    """The command that goes on with this sweep: the one that was given."""
+    return shlex.join([*sys.orig_argv, *extra])

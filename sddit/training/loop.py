@@ -119,7 +119,8 @@ def train(
     if world_size > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     flops_per_step = cost.training_flops_per_image(experiment, method.shape) * options.batch_size
-    guard = FiniteGuard(store, rank * options.batch_size // world_size)
+    share = options.batch_size // world_size
+    guard = FiniteGuard(store, rank * share, share)
     trainable = [p for p in method.parameters() if p.requires_grad]
     checkpoint_uri = f"{store.root}/step-{state.step:08d}"
     lap, clocks = Lap(), state.clocks
@@ -143,7 +144,8 @@ def train(
                         loss = model(batch, context, step)
                     (loss.total / len(micro_batches)).backward()
                 losses.append(loss)
-            guard.check(step + 1, torch.cat([loss.per_image for loss in losses]))
+            totals = torch.stack([loss.total.detach().float() for loss in losses])
+            guard.check(step + 1, torch.cat([*(loss.per_image for loss in losses), totals]))
             method.after_backward(step)
             if options.grad_clip:
                 torch.nn.utils.clip_grad_norm_(trainable, options.grad_clip)
@@ -157,7 +159,7 @@ def train(
             state.step = step = step + 1
 
             if step % options.log_every == 0:
-                parts = {"loss": torch.stack([x.total.detach().float() for x in losses]).mean()}
+                parts = {"loss": totals.mean()}
                 for name in losses[0].parts:
                     parts[f"loss_{name}"] = torch.stack([x.parts[name].float() for x in losses]).mean()
                 means = distributed.mean(parts)  # a collective: every worker
@@ -214,33 +216,38 @@ def train(
 
 
 class FiniteGuard:
-    """Stops a run whose losses are not finite, one step late on a GPU so that the host never waits for the device."""
+    """Stops a run whose losses are not finite, one step late on a GPU so that the host never waits for the device.
 
-    def __init__(self, store: CheckpointStore, first_position: int) -> None:
-        self.store, self.first = store, first_position
+    `first` and `count` are the worker's positions in the global batch.
+    """
+
+    def __init__(self, store: CheckpointStore, first: int, count: int) -> None:
+        self.store, self.first, self.count = store, first, count
         self.waiting: tuple[int, Tensor] | None = None
 
-    def check(self, step: int, per_image: Tensor) -> None:
+    def check(self, step: int, losses: Tensor) -> None:
+        """`losses` are those of the worker's images, followed by the totals of its micro-batches."""
         self.flush()
-        self.waiting = (step, per_image)
-        if per_image.device.type == "cpu":
+        self.waiting = (step, losses)
+        if losses.device.type == "cpu":
             self.flush()
 
     def flush(self) -> None:
         """Looks at what waits; called before every checkpoint, so none is written after a non-finite loss."""
         if self.waiting is None:
             return
-        (step, per_image), self.waiting = self.waiting, None
-        finite = torch.isfinite(per_image)
+        (step, losses), self.waiting = self.waiting, None
+        finite = torch.isfinite(losses)
         if bool(finite.all()):
             return
-        positions = (torch.nonzero(~finite).flatten() + self.first).tolist()
+        positions = (torch.nonzero(~finite[: self.count]).flatten() + self.first).tolist()
         shown = ", ".join(map(str, positions[:8])) + (", …" if len(positions) > 8 else "")
+        where = f"position {shown} of the batch" if positions else "no single image, so in the discriminative loss"
         good = self.store.checkpoints()[:1]
         last = f"The last good checkpoint is {good[0].uri}" if good else "There is no checkpoint yet"
         raise DivergedError(
-            f"The loss at step {step} is not finite at batch position {shown} ({len(positions)} of the worker's "
-            f"{len(per_image)} images). {last}. Try a smaller train.lr, train.grad_clip=1, or train.precision=fp32."
+            f"The loss at step {step} is not finite: {where}. {last}. "
+            "Try a smaller train.lr, train.grad_clip=1, or train.precision=fp32."
         )
 
 

@@ -1,6 +1,5 @@
 """The one loop, over every method: resume, workers and accumulation change nothing; what goes wrong is named."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -11,65 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness import run
+from tiny import experiment as tiny
 
 from sddit.config import METHOD_CONFIGS
-from sddit.data import open_manifest
 from sddit.data.sampler import BatchSampler
-from sddit.data.shards import Shards
 from sddit.errors import DivergedError
-from sddit.methods import build_method
-from sddit.metrics import features, fidelity
 from sddit.training import loop
 from sddit.training.store import SAMPLING, TRAINING, CheckpointStore
-from tests.tiny import experiment as tiny
-
-
-class Memory:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.recorded, self.grids, self.tags, self.evaluations = {}, {}, {}, []
-
-    def points(self, step, metrics):
-        for key, value in metrics.items():
-            assert (step, key) not in self.recorded, "a point twice in one start"
-            self.recorded[step, key] = value
-
-    def grid(self, step, image):
-        self.grids[step] = image
-
-    def tag(self, name, value):
-        self.tags[name] = value
-
-    def pending(self):
-        return [["points", 1, {"waiting": 1.0}]]
-
-    def restore(self, pending):
-        assert pending == [["points", 1, {"waiting": 1.0}]]
-
-    def evaluated(self, step, metrics):
-        self.evaluations.append((step, metrics))
-
-
-def run(experiment, folder, stop_at=None, memory=None):
-    """Trains an experiment in this process; stops softly after step `stop_at`."""
-    manifest = open_manifest(experiment.data.path)
-    extractor = features.get_extractor(experiment.eval.extractor, "cpu")
-    memory = memory or Memory()
-    reached = max((c.step for c in CheckpointStore(folder).checkpoints()), default=0)
-    steps = itertools.count(reached + 1)
-    result = loop.train(
-        experiment,
-        build_method(experiment, manifest.shape, manifest.num_classes),
-        BatchSampler(Shards(manifest), seed=experiment.seed, batch_size=experiment.train.batch_size),
-        store=CheckpointStore(folder),
-        reporter=memory,
-        extractor=extractor,
-        reference=lambda: fidelity.reference_moments(manifest, extractor),
-        device=torch.device("cpu"),
-        should_stop=lambda: next(steps) == stop_at,
-    )
-    return result, memory
 
 
 def tensors(folder):
@@ -139,7 +87,7 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 from sddit.config import Experiment
-from tests.training.test_loop import run, Memory
+from harness import run
 result, memory = run(Experiment.parse(json.loads({experiment.model_dump_json()!r})), {str(folder)!r})
 if dist.get_rank() == 0:
     points = [[s, k, v] for (s, k), v in memory.recorded.items()]
@@ -153,8 +101,7 @@ def run_on_workers(experiment, folder, workers, out):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     path = out.with_suffix(".py")
     path.write_text(script)
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root)}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, env=env, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
@@ -202,8 +149,9 @@ def test_another_draw_is_far_outside_the_tolerance(tmp_path):
         assert_close(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_position_and_checkpoint(tmp_path, monkeypatch):
-    experiment = tiny()
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_a_loss_that_is_not_finite_stops_with_step_position_and_checkpoint(method, tmp_path, monkeypatch):
+    experiment = tiny(method)
     original = BatchSampler.batch
 
     def poisoned(self, step, lo, hi):
@@ -214,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_position_and_checkpoint(tmp_p
         return x0, y
 
     monkeypatch.setattr(BatchSampler, "batch", poisoned)
-    with pytest.raises(DivergedError, match=r"step 5 .*position 9 .*step-00000003") as error:
+    with pytest.raises(DivergedError, match=r"step 5 .*position 9 of .*step-00000003") as error:
         run(experiment, tmp_path)
     assert "train.lr" in str(error.value)
     assert [c.step for c in CheckpointStore(tmp_path).checkpoints()] == [3], "nothing is saved after it"

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sddit.data.manifest import open_manifest
+from sddit.data.shards import Shards, write_shards
+from sddit.errors import DataError, UsageError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (23, 2, 3, 4), dtype=np.uint8)
+LABELS = RNG.integers(0, 5, 23)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set")
+    return Shards(write_shards(IMAGES, LABELS, folder, name="synthetic", num_classes=5, shard_size=7))
+
+
+@given(indices=st.lists(st.integers(0, 22), max_size=60))
+def test_reads_any_order_across_shards(shards, indices):
+    indices = np.array(indices, dtype=np.int64)
+    images, labels = shards.read(indices)
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+    assert np.array_equal(images, IMAGES[indices])
+    assert np.array_equal(labels, LABELS[indices])
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, 23]])
+def test_an_index_outside(shards, indices):
+    with pytest.raises(IndexError, match=r"must be in \[0, 23\)"):
+        shards.read(np.array(indices))
+
+
+def test_what_is_read_is_the_callers_to_change(shards):
+    first, _ = shards.read(np.arange(3))
+    first[:] = 0
+    assert np.array_equal(shards.read(np.arange(3))[0], IMAGES[:3])
+
+
+def test_opening_is_lazy(tmp_path):
+    manifest = write_shards(IMAGES, LABELS, tmp_path, name="synthetic", num_classes=5, shard_size=10)
+    (tmp_path / "images-00002.npy").unlink()
+    shards = Shards(manifest)
+    shards.read(np.arange(20))
+    with pytest.raises(DataError, match=r"images-00002.npy is not a .npy file of numbers"):
+        shards.read(np.array([20]))
+
+
+def test_pickles_are_refused(tmp_path):
+    manifest = write_shards(IMAGES, LABELS, tmp_path, name="synthetic", num_classes=5)
+    np.save(tmp_path / "images-00000.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"is not a .npy file of numbers"):
+        Shards(manifest).read(np.array([0]))
+
+
+def test_a_file_of_another_shape(tmp_path):
+    write_shards(IMAGES, LABELS, tmp_path, name="synthetic", num_classes=5)
+    np.save(tmp_path / "images-00000.npy", IMAGES.reshape(23, 2, 4, 3))  # of the same size
+    with pytest.raises(DataError, match=r"holds uint8 \(23, 2, 4, 3\), but its manifest says uint8 \(23, 2, 3, 4\)"):
+        Shards(open_manifest(tmp_path)).read(np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES.astype(np.float32), LABELS, r"Images are float32 .* but must be uint8 \(n, C, H, W\)"),
+        (IMAGES[:, 0], LABELS, "but must be uint8"),
+        (IMAGES, LABELS[:-1], "one for each of 23 images"),
+        (IMAGES, LABELS.astype(np.float64), "must be integers"),
+        (IMAGES, LABELS + 1, r"Labels span 1 to 5, but must be in \[0, 5\)"),
+        (IMAGES[:0], LABELS[:0], "There are no images"),
+    ],
+)
+def test_wrong_input_is_refused_before_a_manifest_is_written(tmp_path, images, labels, message):
+    with pytest.raises(UsageError, match=message):
+        write_shards(images, labels, tmp_path, name="synthetic", num_classes=5)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_images_in_another_memory_order(tmp_path):
+    manifest = write_shards(np.asfortranarray(IMAGES), LABELS, tmp_path, name="synthetic", num_classes=5)
+    manifest.verify()
+    assert np.array_equal(Shards(manifest).read(np.arange(23))[0], IMAGES)

@@ -1,0 +1,192 @@
+"""The contract of `methods.base` over every method."""
+
+import math
+
+import pytest
+import torch
+from steps import make_batch, run_step, scramble_
+
+from sddit import presets
+from sddit.config import METHOD_CONFIGS, Experiment
+from sddit.methods import METHODS, build_method
+from sddit.methods.base import Method
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def experiment(name: str, **changes: object) -> Experiment:
+    return presets.digits(method=name).replace({k.replace("__", "."): v for k, v in changes.items()})
+
+
+def build(name: str, **changes: object) -> Method:
+    return build_method(experiment(name, **changes), (1, 8, 8), 10)
+
+
+def test_table_has_every_configured_method() -> None:
+    assert METHODS.keys() == METHOD_CONFIGS.keys()
+
+
+@every_method
+def test_loss_falls_on_one_batch(name: str) -> None:
+    method = build(name).train()
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+    batch, generative = make_batch(method, 32), []
+    for step in range(30):
+        (losses,) = run_step(method, [batch], step)
+        optimizer.step()
+        method.after_optimizer(step)
+        method.end_step(step)
+        generative.append(losses.parts["generative"].item())
+    assert generative[-1] < 0.85 * generative[0]
+
+
+@every_method
+def test_losses_and_their_parts(name: str) -> None:
+    method = build(name)
+    scramble_(method.network)
+    (losses,) = run_step(method, [make_batch(method)])
+    assert losses.per_image.shape == (16,) and not losses.per_image.requires_grad
+    assert losses.total.dtype == losses.per_image.dtype == torch.float32
+    torch.testing.assert_close(losses.parts["generative"], losses.per_image.mean())
+    assert not any(v.requires_grad or v.ndim for v in losses.parts.values())
+    total = losses.parts["generative"] + 0.1 * losses.parts.get("discriminative", 0)
+    torch.testing.assert_close(losses.total.detach(), total)
+
+
+@every_method
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulation_changes_nothing(name: str, count: int) -> None:
+    whole, parts = build(name), build(name)
+    for method in (whole, parts):
+        scramble_(method.network)
+    size = 16 // count
+    straight = run_step(whole, [make_batch(whole)])
+    pieces = run_step(parts, [make_batch(parts, size, first=i * size) for i in range(count)])
+    per_image = torch.cat([losses.per_image for losses in pieces])
+    torch.testing.assert_close(per_image, straight[0].per_image, rtol=1e-5, atol=1e-6)
+    for (key, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+    for key, value in whole.end_step(0).items():
+        assert parts.end_step(0)[key].item() == pytest.approx(value.item(), abs=1e-5)
+
+
+@every_method
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    """DDP without a search for unused parameters hangs otherwise."""
+    method = build(name)
+    batch = make_batch(method)
+    batch.draws["drop"].zero_()  # all labels dropped: the embedder has to take part all the same
+    run_step(method, [batch])
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+@every_method
+def test_labels_are_dropped_by_the_draw(name: str) -> None:
+    method = build(name, method__class_dropout=0.25)
+    batch = make_batch(method, 4)
+    batch.draws["drop"] = torch.tensor([0.1, 0.2499, 0.25, 0.9])
+    assert torch.equal(method.drop_labels(batch), torch.tensor([10, 10, *batch.y[2:]]))
+    never = build(name, method__class_dropout=0.0)
+    assert torch.equal(never.drop_labels(batch), batch.y)
+
+
+@every_method
+def test_generative_loss_before_training(name: str) -> None:
+    """The raw target's mean square: the network gives 0 (methods.md §12.2)."""
+    method = build(name)
+    batch = make_batch(method, 8)
+    (losses,) = run_step(method, [batch])
+    sigma = torch.exp(-0.8 + 1.2 * batch.draws["sigma"])[:, None, None, None]
+    skip, out = 0.75**2 / (sigma**2 + 0.75**2), sigma * 0.75 / (sigma**2 + 0.75**2).sqrt()
+    error = (skip * (batch.x0 + sigma * batch.draws["noise"]) - batch.x0) / out
+    assert losses.parts["generative"].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
+
+
+@every_method
+def test_generative_loss_is_the_weighted_error_of_the_denoiser(name: str) -> None:
+    changes = {"method__mask_ratio": 0.0, "method__lambda_d": 0.0} if name == "sddit" else {}
+    method = build(name, **changes)
+    scramble_(method.network)
+    batch = make_batch(method, 8)
+    (losses,) = run_step(method, [batch])
+    sigma = torch.exp(-0.8 + 1.2 * batch.draws["sigma"])
+    x = batch.x0 + sigma[:, None, None, None] * batch.draws["noise"]
+    denoised = method.denoise(method.network, x, sigma, method.drop_labels(batch))
+    weight = (sigma**2 + 0.75**2) / (sigma * 0.75) ** 2
+    expected = weight * (denoised - batch.x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.per_image, expected, rtol=2e-3, atol=1e-4)
+
+
+@every_method
+def test_state_dict_resumes_bit_for_bit(name: str) -> None:
+    def train(method: Method, steps: range) -> list[float]:
+        totals = []
+        for step in steps:
+            (losses,) = run_step(method, [make_batch(method, step=step)], step)
+            with torch.no_grad():
+                for p in method.parameters():
+                    if p.grad is not None:
+                        p -= 0.1 * p.grad
+            method.after_optimizer(step)
+            method.end_step(step)
+            totals.append(losses.total.item())
+        return totals
+
+    changes = {"method__centring": "ema"} if name == "sddit" else {}
+    straight, first, second = (build(name, **changes) for _ in range(3))
+    totals = train(straight, range(6))
+    train(first, range(3))
+    second.load_state_dict(first.state_dict())
+    assert train(second, range(3, 6)) == totals[3:]
+
+
+@every_method
+def test_bf16_autocast_keeps_losses_in_float32(name: str) -> None:
+    method = build(name, train__precision="bf16")
+    scramble_(method.network)
+    batch = make_batch(method)
+    context = method.begin_step([batch], 0)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = method(batch, context, 0)
+    losses.total.backward()
+    exact = build(name)
+    scramble_(exact.network)
+    (reference,) = run_step(exact, [batch])
+    assert losses.total.dtype == torch.float32 and all(v.dtype == torch.float32 for v in losses.parts.values())
+    assert losses.total.item() == pytest.approx(reference.total.item(), rel=0.05)
+    assert losses.total.item() != reference.total.item()
+
+
+@every_method
+def test_seed_decides_everything(name: str) -> None:
+    a, b, c = (build(name, seed=s).state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_methods_share_their_encoder_at_the_start() -> None:
+    weights = [build(name).network.state_dict() for name in METHODS]
+    shared = [k for k in set.intersection(*(set(w) for w in weights)) if k.startswith(("blocks.", "patch_embed."))]
+    assert len(shared) > 20
+    assert all(torch.equal(weights[0][k], w[k]) for w in weights for k in shared)
+
+
+@every_method
+def test_draws_have_the_agreed_names(name: str) -> None:
+    draws = build(name).draws()
+    assert draws["drop"] == ("uniform", ()) and draws["sigma"] == ("normal", ())
+    assert draws["noise"] == ("normal", (1, 8, 8))
+    assert all(math.prod(shape) >= 1 for _, shape in draws.values())
+
+
+@every_method
+def test_forward_is_one_graph(name: str) -> None:
+    """For torch.compile: no break, and no new graph for another step."""
+    method = build(name)
+    compiled = torch.compile(method, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(2):
+            batch = make_batch(method, step=step)
+            (context,) = method.begin_step([batch], step)
+            torch.testing.assert_close(compiled(batch, context, step).total, method(batch, context, step).total)
