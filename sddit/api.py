@@ -51,7 +51,7 @@ def train(
     if experiment.resources.workers > 1:
         raise UsageError("sddit.train uses this process alone. Use a sweep with --workers for more.")
     manifest = open_manifest(experiment.data.path)
-    check_extractor(experiment.eval.extractor)
+    check_extractor(experiment.eval.extractor, manifest.shape)
     identity = experiment.identity(manifest.digest)
     root = str(storage) if "://" in str(storage) else str(Path(storage).absolute())
     folder = f"{root}/{name}/{identity}"
@@ -114,24 +114,22 @@ def evaluate(images: ArrayLike, reference: str = "digits", extractor: str | None
 
 
 def read_images(source: str | Path) -> np.ndarray:
-    """Images to score, uint8 (N, H, W, C): an .npz with arr_0, or a checkpoint sampled as its experiment says.
+    """Images to score, uint8 (N, H, W, C) or (N, C, H, W): an .npz with arr_0, a folder of images, or a checkpoint,
+    which is sampled as its experiment says.
 
     Raises:
-        UsageError: neither of the two, or not uint8 images.
+        CheckpointError, DataError: none of these, or broken.
     """
     import numpy as np
 
-    if str(source).endswith(".npz"):
-        try:
-            with np.load(source, allow_pickle=False) as file:
-                return file["arr_0"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{source} cannot be read as an .npz with an array arr_0 of images: {error}.") from None
+    from sddit.metrics.images import image_batches
     from sddit.training.evaluation import labels_of
 
+    path = Path(source)
+    if path.suffix == ".npz" or (path.is_dir() and not (path / "manifest.json").exists()):
+        return np.concatenate(list(image_batches(path)))
     experiment, _, num_classes, _ = _read(source)
-    labels = labels_of(experiment, num_classes, 0, experiment.eval.samples)
-    return sample(source, labels, seed=experiment.eval.seed)
+    return sample(source, labels_of(experiment, num_classes, 0, experiment.eval.samples), experiment.eval.seed)
 
 
 def build_network(experiment: Experiment) -> torch.nn.Module:

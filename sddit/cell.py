@@ -70,7 +70,9 @@ def run_cell(
             record = CellRecord(
                 spec.tracking_uri, spec.run_id, owned_run=spec.owned_run, token=spec.token, report=report
             )
-            protocol = Protocol.from_experiment(experiment, manifest.digest, extractor.digest)
+            protocol = Protocol.from_experiment(
+                experiment, manifest.digest, extractor.digest, reference_images=manifest.count
+            )
             record.tag("sddit.protocol", protocol.digest)
             record.tag("sddit.protocol.text", protocol.describe())
         else:

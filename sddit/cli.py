@@ -11,6 +11,7 @@ import tyro
 
 from sddit import presets
 from sddit.config import flatten, parse_assignment
+from sddit.environment import check_environment
 from sddit.errors import UsageError, run_script
 
 
@@ -94,7 +95,7 @@ class Evaluate:
     """Score images against a reference set: FID, with the protocol it was made by."""
 
     samples: tyro.conf.Positional[str]
-    """An .npz with arr_0 (uint8 N, H, W, C), or a checkpoint, which is sampled as its experiment says."""
+    """An .npz with arr_0 (uint8 N, H, W, C), a folder of images, or a checkpoint, sampled as its experiment says."""
     reference: str = "digits"
     """A data set: a built-in name or a prepared folder."""
     extractor: str | None = None
@@ -110,4 +111,9 @@ def main() -> None:
     """The command's entry point; exits."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    run_script(command.run)
+
+    def run() -> None:
+        check_environment()
+        command.run()
+
+    run_script(run)

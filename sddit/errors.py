@@ -62,6 +62,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except SdditError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)
+    except ModuleNotFoundError as error:
+        print(
+            f"{error.name} is not installed in {sys.prefix}, so this is not the project's environment, or a stale one. "
+            "Run: make setup, and use .venv/bin/python.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)

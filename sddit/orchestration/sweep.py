@@ -26,6 +26,7 @@ from rich.table import Table
 
 from sddit import cost, presets
 from sddit.config import Experiment, parse_assignment
+from sddit.environment import check_environment
 from sddit.errors import SdditError, UsageError, run_script
 from sddit.orchestration import cluster, plan, speed
 from sddit.orchestration.plan import Cell, Planned
@@ -165,6 +166,7 @@ def _values(value: Any) -> list[Any]:
 
 def run(sweep: Sweep, flags: Flags) -> int:
     """Runs what is missing of a sweep. Returns the exit status."""
+    check_environment()
     console = Console()
     job = resolve(sweep, flags)
     check_inputs(job)
@@ -194,7 +196,7 @@ def check_inputs(job: Job) -> None:
     from sddit.metrics.features import check_extractor
     from sddit.training.store import CheckpointStore
 
-    check_extractor(job.base.eval.extractor)
+    check_extractor(job.base.eval.extractor, _shape(job)[0])
     if not job.flags.plan:
         CheckpointStore(job.storage).check_writable()
 

@@ -82,7 +82,7 @@ def evaluate(
     rank, world_size = distributed.rank(), distributed.world_size()
     lo, hi = options.samples * rank // world_size, options.samples * (rank + 1) // world_size
     labels = labels_of(method.experiment, method.num_classes, lo, hi)
-    moments = Moments()
+    moments = Moments(extractor.dim)
     grid: list[Tensor] = []
     for start in range(0, hi - lo, options.batch_size):
         part = labels[start : start + options.batch_size]

@@ -1,0 +1,82 @@
+"""The project's commands as a user runs them: in their own process and folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tiny import set_flags
+
+ROOT = Path(__file__).parents[2]
+MASK_RATIO = str(ROOT / "sweeps" / "mask_ratio.py")
+
+
+def environment(**changes):
+    """That of a fresh shell: what the tests' own process set for Ray must not hide what a command sets itself."""
+    ours = ("RAY_", "TUNE_", "MLFLOW_", "OMP_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    return env | {"SDDIT_CACHE": os.environ["SDDIT_CACHE"], "RAY_USAGE_STATS_ENABLED": "0"} | changes
+
+
+def run(*arguments, cwd, timeout=280, **env):
+    """Runs ``python ARGUMENTS`` to its end."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def sweep(*flags, cwd, ratios="[0.2, 0.5]", tiny=None, **options):
+    """``python sweeps/mask_ratio.py`` with tiny cells."""
+    arguments = [*set_flags(**{"method__mask_ratio": ratios} | (tiny or {})), *flags]
+    if "--steps" not in arguments:
+        arguments += ["--steps", "6"]
+    return run(MASK_RATIO, *arguments, cwd=cwd, **options)
+
+
+class Running:
+    """A command that goes on while the test does something to it."""
+
+    def __init__(self, *arguments, cwd, **env):
+        self.log = Path(cwd) / f"command-{time.monotonic_ns()}.log"
+        with open(self.log, "w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                cwd=cwd,
+                env=environment(**env),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+    def wait_for(self, text, timeout=120):
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output}"
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
+            time.sleep(0.1)
+
+    def interrupt(self):
+        """Ctrl-C: the whole foreground group gets the signal, as in a terminal."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill(self):
+        """SIGKILL to the driver alone."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self, timeout=200):
+        return self.process.wait(timeout)
+
+
+def no_traceback(done):
+    output = done.stdout + done.stderr if hasattr(done, "stdout") else done
+    assert "Traceback" not in output, output
+    return output

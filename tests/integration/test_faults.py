@@ -1,0 +1,148 @@
+"""Whatever happens to a sweep, the same command finishes it, and the result is that of an undisturbed one."""
+
+import os
+import re
+import signal
+import sqlite3
+import time
+
+import pandas as pd
+import psutil
+import pytest
+from commands import MASK_RATIO, Running, no_traceback, sweep
+from tiny import set_flags
+
+import sddit
+from sddit import results
+
+pytestmark = pytest.mark.slow
+
+# Long enough to be hit in the middle: some ten seconds of training a cell.
+LONG = {"eval__every": 40, "train__log_every": 5, "eval__samples": 200, "method__mask_ratio": "[0.2, 0.5]"}
+STEPS = ["--steps", "160"]
+UNREPRODUCIBLE = ["train/images_per_s", "cost/device_hours", "run_id", "code"]
+
+
+def command(*extra, **changes):
+    return [MASK_RATIO, *set_flags(**LONG | changes), *STEPS, *extra]
+
+
+def table(folder, name="mask_ratio"):
+    frame = sddit.load_results(name, f"sqlite:///{folder}/mlflow.db")
+    return frame.drop(columns=UNREPRODUCIBLE).sort_values(["identity", "step"]).reset_index(drop=True)
+
+
+def points(folder):
+    """Every recorded point: nothing may be in it twice, whatever reads it."""
+    with sqlite3.connect(f"file:{folder}/mlflow.db?mode=ro", uri=True) as database:
+        rows = database.execute("SELECT run_uuid, key, step, value FROM metrics").fetchall()
+    keys = [row[:3] for row in rows]
+    assert len(keys) == len(set(keys)), "a point twice"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    running = Running(*command(), cwd=folder)
+    assert running.wait() == 0, running.output
+    return table(folder), points(folder)
+
+
+def assert_as_undisturbed(folder, undisturbed):
+    expected, expected_points = undisturbed
+    pd.testing.assert_frame_equal(table(folder), expected)
+    losses = {(k, s, v) for _, k, s, v in points(folder) if k.startswith(("train/loss", "train/inf", "eval/"))}
+    assert losses == {(k, s, v) for _, k, s, v in expected_points if k.startswith(("train/loss", "train/inf", "eval/"))}
+    assert len(points(folder)) == len(expected_points)
+    for run in (folder / "mlruns" / "mask_ratio").glob("*/artifacts/images"):
+        steps = [int(p.name.split("+")[2]) for p in run.glob("*.png")]
+        assert sorted(steps) == [0, 40, 80, 120, 160], "each grid once"
+
+
+def workers_of(running):
+    """The processes in which Tune's trials train."""
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    return [p for p in children if "train_in_process" in " ".join(p.cmdline()) or "ray::" in p.name()]
+
+
+@pytest.mark.parametrize("after", ["step 40/160", "step 120/160"])
+def test_the_driver_is_killed(after, undisturbed, tmp_path):
+    running = Running(*command(), cwd=tmp_path)
+    running.wait_for(after)
+    running.kill()
+    again = Running(*command(), cwd=tmp_path)
+    assert again.wait() == 0, again.output
+    steps = {}
+    for identity, step in re.findall(r"\((\w{12})\): running, step (\d+)/160", again.output):
+        steps.setdefault(identity, int(step))
+    assert max(steps.values()) >= int(after.split()[1].split("/")[0]), "it goes on from a checkpoint"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(undisturbed, tmp_path):
+    running = Running(*command(), cwd=tmp_path)
+    running.wait_for("step 40/160")
+    begun = time.monotonic()
+    running.interrupt()
+    assert running.wait(60) == 130, running.output
+    assert time.monotonic() - begun < 30
+    output = no_traceback(running.output)
+    assert "Interrupted" in output and f"{MASK_RATIO} --set" in output
+    parent = results.load_sweep("mask_ratio", f"sqlite:///{tmp_path}/mlflow.db")
+    assert parent.tags["sddit.owner"] == "null", "the sweep is free for the next command"
+    again = Running(*command(), cwd=tmp_path)
+    assert again.wait() == 0, again.output
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_worker_dies_and_its_cell_goes_on(undisturbed, tmp_path):
+    running = Running(*command(), cwd=tmp_path)
+    running.wait_for("step 40/160")
+    victims = [
+        p for p in psutil.Process(running.process.pid).children(recursive=True) if p.name().startswith("ray::")
+    ]
+    assert victims, "no worker found"
+    busiest = max(victims, key=lambda p: p.cpu_times().user)
+    os.kill(busiest.pid, signal.SIGKILL)
+    assert running.wait() == 0, running.output
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_two_sweeps_at_once_lose_nothing_and_one_name_has_one_driver(undisturbed, tmp_path):
+    first = Running(*command(), cwd=tmp_path)
+    second = Running(*command("--name", "other"), cwd=tmp_path)
+    first.wait_for("Concurrency")
+    refused = sweep(*STEPS, cwd=tmp_path, tiny=LONG)
+    assert refused.returncode == 2 and "is being run by process" in no_traceback(refused)
+    assert first.wait() == 0 and second.wait() == 0, first.output + second.output
+    expected, _ = undisturbed
+    pd.testing.assert_frame_equal(table(tmp_path), expected)
+    pd.testing.assert_frame_equal(table(tmp_path, "other"), expected)
+    points(tmp_path)
+
+
+def test_a_corrupt_checkpoint_is_passed_over(undisturbed, tmp_path):
+    running = Running(*command(), cwd=tmp_path)
+    running.wait_for("step 120/160")
+    running.kill()
+    time.sleep(3)
+    for cell in (tmp_path / "runs" / "mask_ratio").iterdir():
+        newest = max(cell.glob("step-*"))
+        file = newest / "training.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    again = Running(*command(), cwd=tmp_path)
+    assert again.wait() == 0, again.output
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_failing_cell_is_named_and_runs_again_only_when_asked(tmp_path):
+    flags = ["--set", "train.lr=1e18"]
+    broken = sweep(*flags, cwd=tmp_path, ratios="[0.2]")
+    assert broken.returncode == 1 and "is not finite" in no_traceback(broken), broken.stdout
+    assert "--retry-failed" in broken.stdout
+    listed = sweep(*flags, cwd=tmp_path, ratios="[0.2]")
+    assert "Failed before" in listed.stdout and "is not finite" in listed.stdout
+    assert "Concurrency" not in listed.stdout, "it is not run again"
+    cells = results.load_cells("mask_ratio", f"sqlite:///{tmp_path}/mlflow.db")
+    assert cells["state"].tolist() == ["failed"]
