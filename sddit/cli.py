@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -109,7 +109,7 @@ class Evaluate:
 
 def main() -> None:
     """The command's entry point; exits."""
-    commands = {"train": Train, "sample": Sample, "evaluate": Evaluate}
+    commands: dict[str, Any] = {"train": Train, "sample": Sample, "evaluate": Evaluate}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
     def run() -> None:

@@ -50,7 +50,7 @@ def forward_cost(experiment: Experiment, shape: Shape) -> ForwardCost:
         passes = embed + depth * block(n, width, width) + n * width * vector + 2 * width * width
         return ForwardCost(passes, 0.0, passes)
     dec = experiment.model.decoder_width
-    decoder = n * width * dec + 2 * width * width + n * dec * vector + 2 * dec * width
+    decoder: float = n * width * dec + 2 * width * width + n * dec * vector + 2 * dec * width
     decoder += experiment.model.decoder_depth * block(n, dec, width)
     encoder = {t: embed + depth * block(t + 1, width, width) for t in (n, visible_tokens(experiment, shape))}
     student, full = encoder[visible_tokens(experiment, shape)], encoder[n]

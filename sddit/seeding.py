@@ -39,8 +39,8 @@ def permuted(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
     epochs, index = positions // np.uint64(n), positions % np.uint64(n)
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    keys = np.frombuffer(hashlib.blake2b(f"{seed}/index".encode(), digest_size=32).digest(), dtype=np.uint64)
-    keys = [_mix(k ^ _mix(epochs)) for k in keys]  # round keys of each position's epoch
+    words = np.frombuffer(hashlib.blake2b(f"{seed}/index".encode(), digest_size=32).digest(), dtype=np.uint64)
+    keys = [_mix(word ^ _mix(epochs)) for word in words]  # round keys of each position's epoch
     outside = np.ones(index.shape, dtype=bool)
     while outside.any():
         left, right = index >> half, index & low

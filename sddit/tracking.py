@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 HEARTBEAT_SECONDS = 10.0
+CLOCK_SECONDS = 5.0  # by which the start of one process may seem to differ
 SILENT_SECONDS = 60.0  # a remote owner silent for so long is taken over
 SEND_SECONDS = 5.0  # points wait at most so long
 BATCH = 500  # points a call
@@ -124,7 +125,8 @@ class Owner:
         self.client, self.run_id, self.what = client, run_id, what
         self.token = uuid.uuid4().hex
         self.lost = False  # whether another process took it over
-        tags = client.get_run(run_id).data.tags
+        run = client.get_run(run_id)
+        tags, self.status_before = run.data.tags, run.info.status
         owner = json.loads(tags.get("sddit.owner") or "null")
         if owner and _alive(owner, float(tags.get("sddit.heartbeat") or 0)):
             raise UsageError(
@@ -206,6 +208,7 @@ class SweepRecord:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 experiment = self.client.get_experiment_by_name(self.sweep)
+        assert experiment is not None
         if experiment.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"Sweep {self.sweep!r} was deleted in MLflow, which keeps its name. Restore it with "
@@ -290,9 +293,12 @@ def read_owner(client: MlflowClient, parent_id: str) -> dict[str, Any]:
 
 def _alive(owner: Mapping[str, Any], heartbeat: float) -> bool:
     """A local owner lives while its process does; a remote one while its heart beats."""
+    beats = time.time() - heartbeat < SILENT_SECONDS
     if owner["host"] == socket.gethostname():
-        return _process_start(owner["pid"]) == owner["start"]
-    return time.time() - heartbeat < SILENT_SECONDS
+        start = _process_start(owner["pid"])
+        # The start is wall-clock time counted from boot, which moves a little as the clock is adjusted.
+        return start is not None and (abs(start - owner["start"]) < CLOCK_SECONDS or beats)
+    return beats
 
 
 def _process_start(pid: int) -> float | None:

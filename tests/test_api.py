@@ -51,7 +51,9 @@ def test_networks_and_scores(trained):
         assert torch.equal(fresh(x, noise, y), torch.zeros(4, 1, 8, 8)), "the output is zero before training"
         assert loaded(x, noise, y).std() > 0
     assert not loaded.training
-    scores = sddit.evaluate(np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), reference="digits")
+    scores = sddit.evaluate(
+        np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), reference="digits"
+    )
     assert scores["fid"] > 100 and "digits-cnn" in scores["protocol"]
     with torch.device("meta"):
         network = sddit.build_network(sddit.presets.imagenet256("S/2", method="sddit"))
@@ -64,7 +66,7 @@ def test_wrong_folders_are_named(tmp_path):
     with pytest.raises(SdditError, match="nowhere"):
         sddit.build_network(experiment(data__path="nowhere"))
     with pytest.raises(AttributeError):
-        sddit.no_such_thing
+        _ = sddit.no_such_thing
 
 
 def test_the_command(tmp_path):

@@ -21,7 +21,10 @@ BAD = [
     ({"train.ema": 1.0}, "rate in [0, 1)"),
     ({"train.precision": "fp16"}, "Did you mean 'bf16'?"),
     ({"method.teacher_sigma": "drown"}, "Did you mean 'drawn'?"),
-    ({"train.batch_size": 250, "resources.workers": 8}, "batch_size 250 is not divisible by 8 workers. Use 248 or 256, or --workers 5 or 10."),
+    (
+        {"train.batch_size": 250, "resources.workers": 8},
+        "batch_size 250 is not divisible by 8 workers. Use 248 or 256, or --workers 5 or 10.",
+    ),
     ({"train.micro_batch": 5}, "not divisible by train.micro_batch 5"),
     ({"method.teacher_momentum_end": 1.0}, "must be given together"),
     ({"train.lr": "abc"}, "train.lr is 'abc'"),

@@ -11,12 +11,16 @@ from sddit.models import build_network
 LATENT = (4, 32, 32)
 
 
-@pytest.mark.parametrize(("size", "gmacs"), [("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.70), ("XL/2", 118.62), ("S/4", 1.41), ("B/8", 1.42)])
+@pytest.mark.parametrize(
+    ("size", "gmacs"), [("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.70), ("XL/2", 118.62), ("S/4", 1.41), ("B/8", 1.42)]
+)
 def test_dit_as_published(size, gmacs):
     assert cost.forward_cost(presets.imagenet256(size, "dit"), LATENT).inference / 1e9 == pytest.approx(gmacs, abs=0.02)
 
 
-@pytest.mark.parametrize(("size", "student", "teacher", "decoder"), [("S/2", 4.75, 6.08, 7.04), ("XL/2", 94.35, 119.09, 7.16)])
+@pytest.mark.parametrize(
+    ("size", "student", "teacher", "decoder"), [("S/2", 4.75, 6.08, 7.04), ("XL/2", 94.35, 119.09, 7.16)]
+)
 def test_sddit_as_derived(size, student, teacher, decoder):
     experiment = presets.imagenet256(size, "sddit")
     no_head = cost.forward_cost(experiment.replace({"method.lambda_d": 0}), LATENT)
@@ -59,7 +63,8 @@ def test_checkpoint_size():
 
 
 @pytest.mark.parametrize(
-    ("steps", "every", "start", "left"), [(600, 200, 0, 3), (600, 200, 200, 2), (600, 200, 600, 0), (500, 200, 0, 3), (500, 200, 450, 1)]
+    ("steps", "every", "start", "left"),
+    [(600, 200, 0, 3), (600, 200, 200, 2), (600, 200, 600, 0), (500, 200, 0, 3), (500, 200, 450, 1)],
 )
 def test_evaluations_left(steps, every, start, left):
     experiment = presets.digits().replace({"train.steps": steps, "eval.every": every})

@@ -18,7 +18,7 @@ def test_a_stale_environment_is_refused(tmp_path):
     (tmp_path / "made-for.json").write_text(json.dumps(stamp))
     check_environment(tmp_path, tmp_path)
     (tmp_path / "requirements.lock").write_text("a==2")
-    with pytest.raises(UsageError, match="is stale.*make setup"):
+    with pytest.raises(UsageError, match=r"is stale.*make setup"):
         check_environment(tmp_path, tmp_path)
 
 

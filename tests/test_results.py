@@ -140,7 +140,7 @@ def test_parent_run(store):
 def test_unknown_and_deleted_sweeps(store):
     with pytest.raises(UsageError, match=r"No sweep 'hole'.*Did you mean 'whole'\? Known: ragged, repeated, whole\."):
         load_results("hole", store)
-    with pytest.raises(UsageError, match="was deleted.*restore"):
+    with pytest.raises(UsageError, match=r"was deleted.*restore"):
         load_cells("deleted", store)
 
 

@@ -41,9 +41,7 @@ def start(sweep, run_id=None):
 
 def points(uri, run_id):
     with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
-        return sorted(
-            database.execute("SELECT step, key, value FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
-        )
+        return sorted(database.execute("SELECT step, key, value FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall())
 
 
 def test_points_grids_and_tags_arrive(uri, run_id):
@@ -176,8 +174,9 @@ def owner_tag(sweep, **changes):
 @pytest.mark.parametrize(
     ("changes", "heartbeat", "alive"),
     [
-        ({}, 0, True),  # this process, whatever its heart says
-        ({"start": 1.0}, 0, False),  # its pid belongs to another process by now
+        ({}, 1000, True),  # this process, whatever its heart says
+        ({"start": 1.0}, 1000, False),  # its pid belongs to another process by now
+        ({"start": 1.0}, 5, True),  # the clock jumped
         ({"pid": 2**22 + 1}, 0, False),
         ({"host": "elsewhere"}, 5, True),
         ({"host": "elsewhere"}, 100, False),

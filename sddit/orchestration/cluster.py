@@ -39,6 +39,7 @@ class Placement:
     concurrent: int
     per_worker: dict[str, float]  # Ray resources of one worker
     arithmetic: str
+    nodes: int
 
 
 def configure_environment(*, remote: bool) -> None:
@@ -92,7 +93,7 @@ def connect(*, dashboard: bool) -> str:
         raise SdditError(f"{what}: {reason}. {do}") from None
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are shown in one line, and are in the logs
-    return str(Path(ray._private.worker._global_node.get_logs_dir_path()))  # type: ignore[union-attr]
+    return str(Path(ray._private.worker._global_node.get_logs_dir_path()))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -159,7 +160,7 @@ def place(cluster: Sequence[Node], resources: Resources, worker_bytes: int) -> P
         f"{(worker_bytes + nested / workers) / GIB:.1f} GiB: {by_compute} fit by compute, {by_memory} by memory; "
         f"floor({slots} / {workers}) = {concurrent} cell{'s' if concurrent > 1 else ''} at once (limit: {limit})"
     )
-    return Placement(concurrent, per_worker, arithmetic)
+    return Placement(concurrent, per_worker, arithmetic, len(cluster))
 
 
 def _fits(node: Node, per_worker: Mapping[str, float]) -> int:

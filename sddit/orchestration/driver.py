@@ -137,6 +137,7 @@ class Driver:
             "workers": cell.experiment.resources.workers,
             "per_worker": self.placement.per_worker,
             "scratch": self.scratch,
+            "one_node": self.placement.nodes == 1,
         }
 
     def reported(self, identity: str, result: dict[str, Any]) -> None:
@@ -167,7 +168,7 @@ class Driver:
     def slim(self, limit: float) -> None:
         """Keeps all checkpoints of the sweep under `limit` bytes: oldest done cells lose what going on needs."""
         stores = {row.identity: CheckpointStore(f"{self.job.storage}/{row.identity}") for row in self.progress.rows}
-        total = sum(store.bytes() for store in stores.values())
+        total = sum(store.total_bytes() for store in stores.values())
         done = [row for row in self.progress.rows if row.state == "done"]
         for row in sorted(done, key=lambda row: row.started or 0.0):  # those of earlier commands first
             if total <= limit:

@@ -85,7 +85,7 @@ class StudySearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher; the study follows from MLflow
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         for _ in range(ATTEMPTS):
             trial = self.study.ask()
             config = self.propose(self.space.ask(trial))

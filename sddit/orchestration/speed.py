@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def remember(base: Experiment, cells: pd.DataFrame) -> None:
         _write(_key(base), cost.Speed(*medians))
 
 
-def _measured(base: Experiment, shape: cost.Shape, row: dict[str, Any]) -> cost.Speed | None:
+def _measured(base: Experiment, shape: cost.Shape, row: Mapping[Any, Any]) -> cost.Speed | None:
     metrics, params = row["metrics"], row["params"]
     workers = int(row["tags"].get("sddit.workers", 1))
     rate, hours = metrics.get("train/images_per_s"), metrics.get("cost/device_hours")

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shlex
-import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,10 +23,10 @@ from rich.table import Table
 from sddit import cost, presets
 from sddit.config import Experiment, parse_assignment
 from sddit.environment import check_environment
-from sddit.errors import SdditError, UsageError, run_script
+from sddit.errors import UsageError, run_script
 from sddit.orchestration import cluster, plan, speed
 from sddit.orchestration.plan import Cell, Planned
-from sddit.orchestration.progress import Progress, Row, duration
+from sddit.orchestration.progress import duration
 from sddit.tracking import Owner, SweepRecord, resolve_uri
 
 GB = 1e9
@@ -167,7 +163,7 @@ def _values(value: Any) -> list[Any]:
 def run(sweep: Sweep, flags: Flags) -> int:
     """Runs what is missing of a sweep. Returns the exit status."""
     check_environment()
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     job = resolve(sweep, flags)
     check_inputs(job)
     if flags.plan:
@@ -176,19 +172,20 @@ def run(sweep: Sweep, flags: Flags) -> int:
         return 0
     record = SweepRecord(job.uri, job.name, question=sweep.question)
     owner = record.claim()
-    status = "FAILED"
+    status = owner.status_before  # a refused command leaves the sweep as it was
     try:
         planned = look_up(job, record)
-        failures = _run_missing(job, record, owner, planned, console)
+        status = "FAILED"
+        failed = _run_missing(job, record, owner, planned, console)
         finish(job, record, console)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
-        console.print(f"\nInterrupted. What is done is kept; this goes on:\n  {resume_line()}", highlight=False)
+        console.print(f"\nInterrupted. What is done is kept; this goes on:\n  {resume_line()}")
         return 130
     finally:
         owner.release(status)
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
 def check_inputs(job: Job) -> None:
@@ -231,7 +228,7 @@ def look_up(job: Job, record: SweepRecord | None = None) -> list[Planned]:
     return plan.plan(job.cells, recorded)
 
 
-def _recorded_cell(job: Job, row: dict[str, Any]) -> Cell:
+def _recorded_cell(job: Job, row: Mapping[Any, Any]) -> Cell:
     return plan.make_cell(job.base, {axis: row["params"][axis] for axis in job.axes}, row["seed"])
 
 
@@ -245,29 +242,28 @@ def missing_of(planned: Sequence[Planned], flags: Flags) -> list[Planned]:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Planned], console: Console) -> list[Row]:
-    """Runs the cells that are missing on the cluster. Returns the failed ones."""
+def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Planned], console: Console) -> bool:
+    """Runs the cells that are missing on the cluster. Returns whether any has failed, now or before."""
     missing = missing_of(planned, job.flags)
     _say_failed_before(planned, job.flags, console)
     budget = (job.flags.trials or 0) - sum(p.state in ("done", "pruned", "failed") for p in planned if p not in missing)
     samples = budget if job.flags.search == "tpe" else len(missing)
     done = sum(p not in missing for p in planned)
     if samples <= 0:
-        console.print(f"Sweep {job.name}: all {done} cells are done; nothing to run.", highlight=False)
-        return []
+        over = sum(p.state != "failed" for p in planned)
+        console.print(f"Sweep {job.name}: all {over} cells are done; nothing to run.")
+        return over < len(planned)
     logs = cluster.connect(dashboard=job.base.resources.workers > 1 and job.flags.asha)
     console.print(
-        f"Sweep {job.name}: {samples} cells to run, {done} done. Record: {job.uri}. Checkpoints: {job.storage}.",
-        highlight=False,
-        soft_wrap=True,
+        f"Sweep {job.name}: {samples} cells to run, {done} done. Record: {job.uri}. Checkpoints: {job.storage}."
     )
     import ray
 
     try:
         shape, classes = _shape(job)
         placement = cluster.place(cluster.nodes(), job.base.resources, cost.worker_bytes(job.base, shape, classes))
-        console.print(f"Concurrency: {placement.arithmetic}.", highlight=False, soft_wrap=True)
-        console.print(f"Logs of Ray and of the cells: {logs}", highlight=False, soft_wrap=True)
+        console.print(f"Concurrency: {placement.arithmetic}.")
+        console.print(f"Logs of Ray and of the cells: {logs}")
         owner.confirm()
         from sddit.orchestration.driver import Driver  # imports ray, which must be configured first
 
@@ -277,17 +273,10 @@ def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Plan
         ray.shutdown()
     failed = [row for row in driver.progress.rows if row.state == "failed" and row.started is not None]
     for row in failed:
-        console.print(
-            f"Failed: {row.label} seed {row.seed} ({row.identity}): {row.note}",
-            style="red",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"Failed: {row.label} seed {row.seed} ({row.identity}): {row.note}", style="red")
     if failed:
-        console.print(
-            f"Logs: {logs}. Run them again with: {resume_line('--retry-failed')}", highlight=False, soft_wrap=True
-        )
-    return failed
+        console.print(f"Logs: {logs}. Run them again with: {resume_line('--retry-failed')}")
+    return any(row.state == "failed" for row in driver.progress.rows)
 
 
 def _say_failed_before(planned: Sequence[Planned], flags: Flags, console: Console) -> None:
@@ -297,8 +286,6 @@ def _say_failed_before(planned: Sequence[Planned], flags: Flags, console: Consol
         console.print(
             f"Failed before: {p.cell.label} seed {p.cell.experiment.seed} ({p.cell.identity}): {cause[0]}",
             style="yellow",
-            highlight=False,
-            soft_wrap=True,
         )
     if failed and not flags.retry_failed:
         console.print(f"Run {'it' if len(failed) == 1 else 'them'} again with --retry-failed.")
@@ -339,7 +326,7 @@ def show_plan(job: Job, planned: Sequence[Planned], console: Console, measured: 
         known = sum(p.state in ("done", "pruned") for p in planned)
         new = max(0, (job.flags.trials or 0) - known - len(missing))
         total += new * measured.seconds(job.base, shape) * job.base.resources.workers
-        console.print(f"and {new} cells that TPE will suggest.", highlight=False)
+        console.print(f"and {new} cells that TPE will suggest.")
     cells = (
         len(missing) if job.flags.search == "grid" else max(0, (job.flags.trials or 0) - len(planned) + len(missing))
     )
@@ -347,9 +334,7 @@ def show_plan(job: Job, planned: Sequence[Planned], console: Console, measured: 
     disk = cost.checkpoint_bytes(job.base, shape, classes)
     console.print(
         f"{cells} cells to run: about {duration(total)} of one device ({total / 3600:.2f} device-hours), "
-        f"{memory / GB:.1f} GB of memory a cell, {disk / GB:.3g} GB of disk a done cell (twice that while it runs).",
-        highlight=False,
-        soft_wrap=True,
+        f"{memory / GB:.1f} GB of memory a cell, {disk / GB:.3g} GB of disk a done cell (twice that while it runs)."
     )
 
 
@@ -371,23 +356,22 @@ def finish(job: Job, record: SweepRecord, console: Console) -> None:
     )
     console.print(
         f"Lowest FID at the last step: {best['metrics']['eval/fid']:.2f} ({values}, seed {best['seed']}, step "
-        f"{best['step']}, {best['identity']}); the lowest of {len(done)}, so itself a lucky draw.",
-        highlight=False,
-        soft_wrap=True,
+        f"{best['step']}, {best['identity']}); the lowest of {len(done)}, so itself a lucky draw."
     )
     files = importlib.import_module(job.sweep.figure).figure(job.name, job.uri, Path("figures"))
     for path in files:
         record.artifact(path)
     speed.remember(job.base, cells)
-    console.print(f"MLflow UI: {ui_line(job.uri)}", highlight=False, soft_wrap=True)
-    console.print(f"  then open {ui_link(job.uri, record.experiment_id)}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow UI: {ui_line(job.uri)}")
+    console.print(f"  then open {ui_link(job.uri, record.experiment_id)}")
 
 
 def ui_line(uri: str) -> str:
     """The command that opens the MLflow UI on this record."""
     if uri.startswith("http"):
         return f"it runs at {uri}"
-    return f"{shlex.quote(str(Path(sys.executable).parent / 'mlflow'))} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
+    mlflow = Path(sys.executable).parent / "mlflow"
+    return shlex.join([str(mlflow), "ui", "--workers", "1", "--backend-store-uri", uri])
 
 
 def ui_link(uri: str, experiment_id: str) -> str:

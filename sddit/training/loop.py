@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -301,7 +301,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup_steps
 
 def _batches(
     experiment: Experiment, method: Method, sampler: BatchSampler, first_step: int, device: torch.device
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """This worker's micro-batches of each step, the next one made while a step runs."""
     size = experiment.train.batch_size // distributed.world_size()
     lo = distributed.rank() * size
@@ -309,8 +309,7 @@ def _batches(
     draws = method.draws()
 
     def make(step: int) -> list[Batch]:
-        x0, y = sampler.batch(step, lo, lo + size)
-        arrays = {"x0": x0, "y": y}
+        arrays = dict(zip(("x0", "y"), sampler.batch(step, lo, lo + size), strict=True))
         for stream, (law, shape) in draws.items():
             draw = getattr(seeding, law)(experiment.seed, stream, step, lo, lo + size, shape)
             arrays[stream] = draw.astype(np.float32, copy=False)

@@ -27,8 +27,8 @@ class SamplingEMA:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.rule = rule
         names = {name for name, p in network.named_parameters() if p.requires_grad}
-        self._source = [p for name, p in network.named_parameters() if name in names]
-        self._average = [p for name, p in self.network.named_parameters() if name in names]
+        self._source: list[Tensor] = [p for name, p in network.named_parameters() if name in names]
+        self._average: list[Tensor] = [p for name, p in self.network.named_parameters() if name in names]
 
     def beta(self, step: int) -> float:
         """The weight of the past at update `step` = 1, 2, …"""

@@ -159,7 +159,7 @@ class CheckpointStore:
             freed += checkpoint.files[TRAINING]["bytes"]
         return freed
 
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Bytes of all files under the root."""
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
         return sum(info.size or 0 for info in self.filesystem.get_file_info(selector))

@@ -191,7 +191,7 @@ def test_one_panel_a_method_and_no_text_overlaps(methods, seeds):
     figure = plot_mask_ratio.draw(plot_mask_ratio.collect(a_table(methods, seeds=seeds)))
     assert len(figure.axes) == len(methods)
     figure.draw_without_rendering()
-    width, height = figure.bbox.size
+    width, _ = figure.bbox.size
     caption = figure.texts[0].get_window_extent()
     assert caption.x1 <= width and caption.y0 >= 0
     for panel in figure.axes:

@@ -99,9 +99,7 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(undisturbed, tmp_path)
 def test_a_worker_dies_and_its_cell_goes_on(undisturbed, tmp_path):
     running = Running(*command(), cwd=tmp_path)
     running.wait_for("step 40/160")
-    victims = [
-        p for p in psutil.Process(running.process.pid).children(recursive=True) if p.name().startswith("ray::")
-    ]
+    victims = [p for p in psutil.Process(running.process.pid).children(recursive=True) if p.name().startswith("ray::")]
     assert victims, "no worker found"
     busiest = max(victims, key=lambda p: p.cpu_times().user)
     os.kill(busiest.pid, signal.SIGKILL)

@@ -63,7 +63,13 @@ def test_the_record_is_the_contract(finished):
         assert tags["sddit.kind"] == "cell" and tags["sddit.steps"] == "6" and tags["sddit.step"] == "6"
         assert tags["sddit.workers"] == "1" and tags["sddit.code"] and len(tags["sddit.protocol"]) == 12
         assert set(row["params"]) == set(experiment.digest_fields()) | {"data.digest"}
-        assert {"train/loss", "train/loss_generative", "train/loss_discriminative", "train/images_per_s", "eval/fid"} < set(row["metrics"])
+        assert {
+            "train/loss",
+            "train/loss_generative",
+            "train/loss_discriminative",
+            "train/images_per_s",
+            "eval/fid",
+        } < set(row["metrics"])
         assert {"cost/images", "cost/device_hours", "cost/flops"} < set(row["metrics"])
         [checkpoint] = (folder / "runs" / "mask_ratio" / row["identity"]).iterdir()
         assert checkpoint.name == "step-00000006"
