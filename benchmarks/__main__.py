@@ -18,9 +18,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import sddit
 from sddit import results
-from sddit.orchestration.speed import _processor
+from sddit.orchestration.speed import processor
+from sddit.tracking import code_revision
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "RESULTS.md"
@@ -85,8 +85,8 @@ def main() -> None:
     lines = [
         "# Overhead",
         "",
-        f"`make bench` on {_processor()}, Python {platform.python_version()}, revision "
-        f"{sddit.tracking.code_revision()}. Median (least … most).",
+        f"`make bench` on {processor()}, Python {platform.python_version()}, revision "
+        f"{code_revision()}. Median (least … most).",
         "",
         "| | measured | target |",
         "|---|---|---|",

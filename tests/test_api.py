@@ -78,7 +78,7 @@ def test_the_command(tmp_path):
     assert sampled.returncode == 0, sampled.stderr
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (30, 8, 8, 1)
     grid = run("-m", "sddit", "sample", checkpoint, "--out", "grid.png", "--count", "20", cwd=tmp_path)
-    assert grid.returncode == 0 and Image.open(tmp_path / "grid.png").size == (320, 64)
+    assert grid.returncode == 0 and Image.open(tmp_path / "grid.png").size == ((10 * 9 - 1) * 4, (2 * 9 - 1) * 4)
     scored = run("-m", "sddit", "evaluate", "s.npz", "--reference", "digits", cwd=tmp_path)
     assert scored.returncode == 0 and json.loads(scored.stdout)["fid"] > 0, scored.stderr
 

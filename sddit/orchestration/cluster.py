@@ -82,7 +82,9 @@ def connect(*, dashboard: bool) -> str:
 
     try:
         with _quiet_stderr():
-            if address:
+            if ray.is_initialized():
+                pass  # by an earlier call
+            elif address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)

@@ -70,11 +70,11 @@ def _measured(base: Experiment, shape: cost.Shape, row: Mapping[Any, Any]) -> co
 
 def _key(base: Experiment) -> str:
     model, train = base.model, base.train
-    parts = [_processor(), base.method.name, model.size, model.grid, train.batch_size, train.precision]
+    parts = [processor(), base.method.name, model.size, model.grid, train.batch_size, train.precision]
     return " | ".join(map(str, [*parts, base.data.path, base.resources.cpus_per_worker]))
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

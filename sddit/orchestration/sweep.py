@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ from sddit.errors import UsageError, run_script
 from sddit.orchestration import cluster, plan, speed
 from sddit.orchestration.plan import Cell, Planned
 from sddit.orchestration.progress import duration
-from sddit.tracking import Owner, SweepRecord, resolve_uri
+from sddit.tracking import Owner, SweepRecord, open_client, resolve_uri
 
 GB = 1e9
 
@@ -170,6 +171,12 @@ def run(sweep: Sweep, flags: Flags) -> int:
         planned = look_up(job)
         show_plan(job, planned, console, speed.of_this_machine(job.base, planned, console))
         return 0
+    if job.uri.startswith("sqlite:///") and not Path(job.uri.removeprefix("sqlite:///")).exists():
+        # Nothing is recorded, so everything is to be run: Ray starts while the record's tables are made.
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(open_client, job.uri)
+            _connect(job)
+            opening.result()
     record = SweepRecord(job.uri, job.name, question=sweep.question)
     owner = record.claim()
     status = owner.status_before  # a refused command leaves the sweep as it was
@@ -253,7 +260,7 @@ def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Plan
         over = sum(p.state != "failed" for p in planned)
         console.print(f"Sweep {job.name}: all {over} cells are done; nothing to run.")
         return over < len(planned)
-    logs = cluster.connect(dashboard=job.base.resources.workers > 1 and job.flags.asha)
+    logs = _connect(job)
     console.print(
         f"Sweep {job.name}: {samples} cells to run, {done} done. Record: {job.uri}. Checkpoints: {job.storage}."
     )
@@ -277,6 +284,11 @@ def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Plan
     if failed:
         console.print(f"Logs: {logs}. Run them again with: {resume_line('--retry-failed')}")
     return any(row.state == "failed" for row in driver.progress.rows)
+
+
+def _connect(job: Job) -> str:
+    # Nested cells that are stopped early need the dashboard to give their workers back (ray.md §4).
+    return cluster.connect(dashboard=job.base.resources.workers > 1 and job.flags.asha)
 
 
 def _say_failed_before(planned: Sequence[Planned], flags: Flags, console: Console) -> None:

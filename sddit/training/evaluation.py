@@ -108,14 +108,16 @@ def to_nhwc(images: Tensor) -> np.ndarray:
 
 
 def make_grid(images: np.ndarray, columns: int = 10) -> np.ndarray:
-    """Images uint8 (N, H, W, C) side by side in rows of `columns`: uint8 (rows·H, columns·W, C), black where empty.
+    """Images uint8 (N, H, W, C) in rows of `columns` with a grey line between them: uint8 (height, width, C).
 
     Small images are enlarged by whole factors, so that 8×8 digits can be seen.
     """
     n, height, width, channels = images.shape
     rows = -(-n // columns)
-    canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
-    canvas[:n] = images
-    grid = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    tiles = np.zeros((rows * columns, height + 1, width + 1, channels), dtype=np.uint8)
+    tiles[:n, :height, :width] = images
+    tiles[:, height], tiles[:, :, width] = 96, 96
+    grid = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2)
+    grid = grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
     factor = max(1, 32 // height)
-    return grid.reshape(rows * height, columns * width, channels).repeat(factor, 0).repeat(factor, 1)
+    return grid.repeat(factor, 0).repeat(factor, 1)

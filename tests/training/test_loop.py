@@ -73,7 +73,7 @@ def test_what_is_recorded(tmp_path):
         assert {"eval/fid", "cost/images", "cost/device_hours", "cost/flops"} <= by_step[step]
     assert memory.recorded[6, "cost/images"] == 6 * 16
     assert sorted(memory.grids) == [0, 3, 6]
-    assert memory.grids[0].dtype == np.uint8 and memory.grids[0].shape == (2 * 32, 10 * 32, 1)
+    assert memory.grids[0].dtype == np.uint8 and memory.grids[0].shape == ((2 * 9 - 1) * 4, (10 * 9 - 1) * 4, 1)
     assert [step for step, _ in memory.evaluations] == [3, 6]
     assert Path(result.checkpoint).name == "step-00000006"
     assert [c.step for c in CheckpointStore(tmp_path).checkpoints()] == [6], "a finished run keeps one"
