@@ -36,7 +36,7 @@ def run_cell(
     report: Callable[[int, dict[str, float]], None],
     *,
     device: str = "cpu",
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Trains, scores and records a cell on this worker, from its newest checkpoint on.
 

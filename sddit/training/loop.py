@@ -30,7 +30,7 @@ from sddit.metrics.features import Extractor
 from sddit.metrics.statistics import Moments
 from sddit.training import distributed, evaluation
 from sddit.training.state import Clocks, TrainState
-from sddit.training.store import SAMPLING, CheckpointStore
+from sddit.training.store import CheckpointStore
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -79,7 +79,7 @@ def train(
     extractor: Extractor,
     reference: Callable[[], Moments],
     device: torch.device,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Trains to `experiment.train.steps`, from the newest checkpoint in `store` if there is one.
 
@@ -98,9 +98,9 @@ def train(
     state = TrainState.create(experiment, method, device)
     last_metrics: Metrics = {}
     warned = False
-    if found := store.latest("training"):
+    if found := store.latest():
         checkpoint, tensors = found
-        state.restore(checkpoint.step, checkpoint.values, {SAMPLING: checkpoint.load(SAMPLING), "training": tensors})
+        state.restore(checkpoint.step, checkpoint.values, tensors)
         last_metrics, warned = checkpoint.values["metrics"], checkpoint.values["warned"]
         if rank == 0:
             reporter.restore(checkpoint.values["pending"])
@@ -172,7 +172,8 @@ def train(
                 if rank == 0:
                     reporter.points(step, metrics)
 
-            stopped = distributed.any_true(should_stop(), device) if step < steps else False
+            if should_stop is not None and step < steps:
+                stopped = distributed.any_true(should_stop(), device)
             due = step % experiment.eval.every == 0 or step == steps
             if not (due or stopped):
                 continue

@@ -122,8 +122,8 @@ class CheckpointStore:
                 log.warning("%s Using an older one if there is any.", error)
         return found
 
-    def latest(self, group: str) -> tuple[Checkpoint, dict[str, Tensor]] | None:
-        """The newest checkpoint whose `group` verifies, with its tensors; corrupt ones are named and passed over.
+    def latest(self) -> tuple[Checkpoint, dict[str, dict[str, Tensor]]] | None:
+        """The newest checkpoint that verifies, with its tensors by group; corrupt ones are named and passed over.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
@@ -131,7 +131,7 @@ class CheckpointStore:
         failures = []
         for checkpoint in self.checkpoints():
             try:
-                return checkpoint, checkpoint.load(group)
+                return checkpoint, {group: checkpoint.load(group) for group in (SAMPLING, TRAINING)}
             except CheckpointError as error:
                 failures.append(str(error))
                 log.warning("%s Using an older one if there is any.", error)

@@ -23,7 +23,8 @@ def save(store, step, **values):
 
 def test_what_is_saved_comes_back(store):
     uri = save(store, 7, note="µ", none=None)
-    checkpoint, tensors = store.latest(TRAINING)
+    checkpoint, groups = store.latest()
+    tensors = groups[TRAINING]
     assert (checkpoint.uri, checkpoint.step) == (uri, 7)
     assert checkpoint.values == {"step_was": 7, "note": "µ", "none": None}
     assert torch.equal(tensors["m/w"], GROUPS[TRAINING]["m/w"]) and tensors["step"].shape == ()
@@ -57,12 +58,12 @@ def damage_pickle(path):
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_pickle])
-@pytest.mark.parametrize("file", ["training.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["training.safetensors", "sampling.safetensors", "manifest.json"])
 def test_a_corrupt_checkpoint_is_named_and_the_previous_one_used(store, caplog, damage, file):
     save(store, 5)
     save(store, 10)
     damage(store_path(store) / "step-00000010" / file)
-    checkpoint, _ = store.latest(TRAINING)
+    checkpoint, _ = store.latest()
     assert checkpoint.step == 5
     assert "step-00000010" in caplog.text
 
@@ -73,7 +74,7 @@ def test_no_usable_checkpoint_is_an_error_that_names_all(store):
     for step in (5, 10):
         damage_flip(store_path(store) / f"step-{step:08d}" / "training.safetensors")
     with pytest.raises(CheckpointError, match=r"(?s)No usable checkpoint.*step-00000010.*step-00000005"):
-        store.latest(TRAINING)
+        store.latest()
 
 
 def test_torn_writes_are_not_checkpoints(store):
@@ -81,9 +82,9 @@ def test_torn_writes_are_not_checkpoints(store):
     torn = store_path(store) / "step-00000010"
     torn.mkdir()
     (torn / "training.safetensors").write_bytes(b"half")
-    assert store.latest(TRAINING)[0].step == 5
+    assert store.latest()[0].step == 5
     save(store, 10)
-    assert store.latest(TRAINING)[0].step == 10
+    assert store.latest()[0].step == 10
 
 
 def test_slimming_keeps_what_sampling_needs(store):
@@ -92,7 +93,7 @@ def test_slimming_keeps_what_sampling_needs(store):
     assert store.slim() > 0 and store.total_bytes() < before
     assert torch.equal(read_checkpoint(uri).load(SAMPLING)["w"], GROUPS[SAMPLING]["w"])
     with pytest.raises(CheckpointError, match="slimmed"):
-        store.latest(TRAINING)
+        store.latest()
     assert store.slim() == 0
 
 
