@@ -68,9 +68,14 @@ def test_features_and_logits_belong_together(digits):
     net = digits_cnn.DigitsCNN("digits-cnn", ["logits", "64"])
     logits, features = net(images)
     assert features.shape == (10, 64)
-    assert (features >= 0).all()
     assert torch.equal(logits, net.classify(images))
     assert torch.equal(logits, net.logits(features))
+
+
+def test_no_feature_is_dead(digits):
+    """A unit that never moves would be a dimension in which the FID sees nothing."""
+    [features] = digits_cnn.DigitsCNN("digits-cnn", ["64"])(digits[0])
+    assert (features.std(dim=0) > 0.05).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 32, 32)])
