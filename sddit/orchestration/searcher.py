@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -27,7 +27,6 @@ class Space:
 
     choices: dict[str, list[Any]]
     suggest: Callable[[optuna.Trial], dict[str, Any]] | None = None
-    fixed: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, trial: optuna.Trial) -> dict[str, Any]:
         """Axis values of a trial."""

@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from sddit import cost
 from sddit.config import Experiment
 from sddit.data import cache_dir, open_manifest
 from sddit.errors import SdditError
-from sddit.orchestration.plan import Planned
 
 
-def of_this_machine(base: Experiment, planned: Sequence[Planned], console: Console) -> cost.Speed:
+def of_this_machine(base: Experiment, console: Console) -> cost.Speed:
     """The speed remembered for experiments like `base`, or that of a calibration of some seconds in a process of its
     own (the driver imports no torch)."""
     known = _read().get(_key(base))

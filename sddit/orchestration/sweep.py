@@ -169,7 +169,7 @@ def run(sweep: Sweep, flags: Flags) -> int:
     check_inputs(job)
     if flags.plan:
         planned = look_up(job)
-        show_plan(job, planned, console, speed.of_this_machine(job.base, planned, console))
+        show_plan(job, planned, console, speed.of_this_machine(job.base, console))
         return 0
     if job.uri.startswith("sqlite:///") and not Path(job.uri.removeprefix("sqlite:///")).exists():
         # Nothing is recorded, so everything is to be run: Ray starts while the record's tables are made.
