@@ -24,7 +24,11 @@ class UsageError(SdditError, ValueError):
 
 
 class CheckpointError(SdditError):
-    """A checkpoint is missing, torn or corrupt, or belongs to another experiment."""
+    """A checkpoint is missing, cannot be read or used further, or belongs to another experiment."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is not what was written."""
 
 
 class DataError(SdditError):

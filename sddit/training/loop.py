@@ -88,7 +88,7 @@ def train(
 
     Raises:
         DivergedError: a loss was not finite; names step, batch positions and the last good checkpoint.
-        CheckpointError: there are checkpoints, and none can be used.
+        CheckpointError: the checkpoints were slimmed, or the workers do not see the same ones.
     """
     options, steps = experiment.train, experiment.train.steps
     rank, world_size = distributed.rank(), distributed.world_size()

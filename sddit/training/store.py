@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from sddit.errors import CheckpointError
+from sddit.errors import CheckpointError, CorruptCheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,8 @@ class Checkpoint:
         """The tensors of 'sampling' or 'training', on the CPU.
 
         Raises:
-            CheckpointError: the file is missing, has another size or digest, or was slimmed away.
+            CorruptCheckpointError: the file is missing, or has another size or digest.
+            CheckpointError: it was slimmed away, or the storage cannot be read.
         """
         if group not in self.files:
             raise CheckpointError(
@@ -61,8 +62,12 @@ class Checkpoint:
             if len(data) != expected["bytes"] or _digest(data) != expected["blake2b"]:
                 raise ValueError(f"{len(data)} bytes of {expected['bytes']}, or other content than was written")
             return safetensors.torch.load(data)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"Corrupt checkpoint {self.uri}/{group}.safetensors: {error}.") from error
+        except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
+            raise CorruptCheckpointError(f"Corrupt checkpoint {self.uri}/{group}.safetensors: {error}.") from error
+        except OSError as error:  # perhaps whole, so nothing may start again and write over it
+            raise CheckpointError(
+                f"Cannot read {self.uri}/{group}.safetensors: {_reason(error)}. Run again."
+            ) from error
 
 
 class CheckpointStore:
@@ -125,18 +130,16 @@ class CheckpointStore:
     def latest(self) -> tuple[Checkpoint, dict[str, dict[str, Tensor]]] | None:
         """The newest checkpoint that verifies, with its tensors by group; corrupt ones are named and passed over.
 
+        None where none is left: the cell then starts again, which costs time and changes no result.
+
         Raises:
-            CheckpointError: there are checkpoints, and none can be used.
+            CheckpointError: the newest was slimmed to its sampling weights, or the storage cannot be read.
         """
-        failures = []
         for checkpoint in self.checkpoints():
             try:
                 return checkpoint, {group: checkpoint.load(group) for group in (SAMPLING, TRAINING)}
-            except CheckpointError as error:
-                failures.append(str(error))
-                log.warning("%s Using an older one if there is any.", error)
-        if failures:
-            raise CheckpointError("\n".join([f"No usable checkpoint under {self.root}:", *failures]))
+            except CorruptCheckpointError as error:
+                log.warning("%s An older one is used if there is any, else the cell starts again.", error)
         return None
 
     def prune(self, keep: int) -> None:

@@ -68,12 +68,21 @@ def test_a_corrupt_checkpoint_is_named_and_the_previous_one_used(store, caplog, 
     assert "step-00000010" in caplog.text
 
 
-def test_no_usable_checkpoint_is_an_error_that_names_all(store):
+def test_with_none_left_the_cell_starts_again(store, caplog):
     save(store, 5)
     save(store, 10)
     for step in (5, 10):
         damage_flip(store_path(store) / f"step-{step:08d}" / "training.safetensors")
-    with pytest.raises(CheckpointError, match=r"(?s)No usable checkpoint.*step-00000010.*step-00000005"):
+    assert store.latest() is None
+    assert "step-00000010" in caplog.text and "step-00000005" in caplog.text
+
+
+def test_storage_that_cannot_be_read_is_no_reason_to_start_again(store):
+    save(store, 5)
+    file = store_path(store) / "step-00000005" / "training.safetensors"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match=r"Cannot read .*step-00000005.*Run again"):
         store.latest()
 
 
