@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,7 +23,13 @@ class _NotInDigest:
     """Marks a field that cannot change a result (or, for `steps`, only how far it goes)."""
 
 
+class _OnlyUnder(str):
+    """Marks a field of one diffusion formulation, which is no part of an experiment under another."""
+
+
 NotInDigest = _NotInDigest()
+OnlyEDM, OnlyIDDPM = _OnlyUnder("edm"), _OnlyUnder("iddpm")
+Kind = Literal["edm", "iddpm"]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -39,15 +45,58 @@ class Section(BaseModel):
 
 
 class DiT(Section):
-    """Plain diffusion transformer (methods.md §2), on all tokens."""
+    """Plain diffusion transformer on all tokens (Peebles & Xie, arXiv 2212.09748)."""
 
+    published_kind: ClassVar[Kind] = "iddpm"
     name: Literal["dit"] = "dit"
     class_dropout: Probability = 0.1
 
 
-class SDDiT(Section):
-    """SD-DiT (methods.md §6). Everything that 6.3 calls inferred is a field; defaults are those of 6.3."""
+class MaskDiT(Section):
+    """Encoder on the visible tokens, light decoder with a mask token, MAE loss (Zheng et al., arXiv 2306.09305)."""
 
+    published_kind: ClassVar[Kind] = "edm"
+    name: Literal["maskdit"] = "maskdit"
+    class_dropout: Probability = 0.1
+    mask_ratio: Rate = 0.5
+    mask_schedule: Literal["constant", "linear", "cosine4", "exp"] = "constant"  # from mask_ratio ...
+    mask_ratio_end: Rate = 0.0  # ... to here ...
+    mask_horizon: Count | None = None  # ... over this many steps; the unmasking fine-tune
+    lambda_mae: Annotated[float, Field(ge=0)] = 0.1  # 0: no mask token, zeros in its place
+
+    @model_validator(mode="after")
+    def _schedule_has_horizon(self) -> MaskDiT:
+        if (self.mask_schedule == "constant") != (self.mask_horizon is None):
+            raise ValueError("mask_horizon is needed with a mask_schedule other than 'constant', and only then")
+        return self
+
+
+class MDT(Section):
+    """Masked pass beside the full pass, side-interpolater, relative position bias (Gao et al., arXiv 2303.14389).
+
+    MDTv2 is `version` 'v2' with mask_ratio_max 0.5, decoder_layers 4, diffusion.min_snr_gamma 5, train.optimizer adan
+    and train.grad_clip 1.
+    """
+
+    published_kind: ClassVar[Kind] = "iddpm"
+    name: Literal["mdt"] = "mdt"
+    class_dropout: Probability = 0.1
+    version: Literal["v1", "v2"] = "v1"  # v2: U-Net skips in the encoder, the embedded input in each decoder block
+    mask_ratio: Rate = 0.3
+    mask_ratio_max: Rate | None = None  # drawn uniformly in [mask_ratio, mask_ratio_max], once a step
+    decoder_layers: Count = 2  # how many of the model's blocks come after the side-interpolater
+
+    @model_validator(mode="after")
+    def _range_of_ratios(self) -> MDT:
+        if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
+            raise ValueError(f"mask_ratio_max {self.mask_ratio_max} is below mask_ratio {self.mask_ratio}")
+        return self
+
+
+class SDDiT(Section):
+    """SD-DiT (Zhu et al., arXiv 2403.17004). What the paper leaves open is a field: methods.md §6.3 and §13."""
+
+    published_kind: ClassVar[Kind] = "edm"
     name: Literal["sddit"] = "sddit"
     class_dropout: Probability = 0.1
     mask_ratio: Rate = 0.2  # fraction removed; int(N (1 - M)) tokens stay visible
@@ -58,11 +107,19 @@ class SDDiT(Section):
     noise_coupling: Literal["same", "independent"] = "same"  # epsilon of the teacher's view
     # generator
     cls_init_std: Positive = 0.02
-    masked_slots: Literal["noisy", "zeros"] = "noisy"  # what the decoder receives where the encoder saw nothing
+    cls_in_decoder: Literal["removed", "forwarded", "embedded"] = "removed"  # embedded: added to the condition
+    cls_at_inference: bool = True
+    masked_slots: Literal["noisy", "zeros", "nothing"] = "noisy"  # what the decoder receives where the encoder saw
+    # nothing; 'nothing' decodes the visible tokens alone, so that L_G has no others
     generative_tokens: Literal["all", "visible"] = "all"  # tokens in L_G
     stop_gradient: bool = False  # True: L_G does not reach the encoder
+    decoder: Literal["light", "last_blocks", "wide"] = "light"  # of model.decoder_*; the model's own last blocks, with
+    # nothing between; or model.decoder_depth blocks as wide as the encoder's
+    last_blocks: Count | None = None  # None: a third of the model's depth
     # discriminative loss
     lambda_d: Annotated[float, Field(ge=0)] = 1.0  # 0: no head, no teacher
+    lambda_d_end: Annotated[float, Field(ge=0)] | None = None  # linear from lambda_d to here ...
+    lambda_d_horizon: Count | None = None  # ... over this many steps
     tau_student: Positive = 0.1
     tau_teacher: Positive = 0.07  # of the patches, after the warm-up
     tau_teacher_cls: Positive = 0.04
@@ -75,6 +132,7 @@ class SDDiT(Section):
     teacher_momentum: Probability = 0.9999
     teacher_momentum_end: Probability | None = None  # cosine from teacher_momentum to here ...
     teacher_momentum_horizon: Count | None = None  # ... over this many steps
+    share_ema: bool = False  # True: the teacher is the sampling average (train.ema), and teacher_momentum is unused
     num_prototypes: Count = 8192
     head_layers: Count = 3
     head_hidden: Count = 2048
@@ -86,15 +144,33 @@ class SDDiT(Section):
     collapse_after: Annotated[Steps, NotInDigest] = 10_000  # steps of grace
 
     @model_validator(mode="after")
-    def _cosine_has_horizon(self) -> SDDiT:
-        if (self.teacher_momentum_end is None) != (self.teacher_momentum_horizon is None):
-            raise ValueError("teacher_momentum_end and teacher_momentum_horizon must be given together, or neither")
+    def _consistent(self) -> SDDiT:
+        for field in ("teacher_momentum", "lambda_d"):
+            if (getattr(self, f"{field}_end") is None) != (getattr(self, f"{field}_horizon") is None):
+                raise ValueError(f"{field}_end and {field}_horizon must be given together, or neither")
+        if self.stop_gradient and not self.discriminates:
+            raise ValueError(
+                "method.stop_gradient is true and method.lambda_d is 0, so that nothing would train the encoder. "
+                "Change either"
+            )
+        if self.cls_in_decoder != "removed" and not self.cls_at_inference:
+            raise ValueError(
+                f"method.cls_in_decoder is {self.cls_in_decoder!r}, so [CLS] cannot be absent at inference. "
+                "Set method.cls_at_inference to true, or method.cls_in_decoder to 'removed'"
+            )
         return self
 
+    @property
+    def discriminates(self) -> bool:
+        """Whether there is a discriminative loss at any step, and so a head and a teacher."""
+        return self.lambda_d > 0 or bool(self.lambda_d_end)
 
-METHOD_CONFIGS: dict[str, type[Section]] = {"dit": DiT, "sddit": SDDiT}
+
+METHOD_CONFIGS: dict[str, type[Section]] = {"dit": DiT, "maskdit": MaskDiT, "mdt": MDT, "sddit": SDDiT}
 
 # ----------------------------------------------------------------------------------------------------- other sections
+
+SAMPLERS: dict[str, tuple[str, ...]] = {"edm": ("heun", "euler"), "iddpm": ("ddpm", "ddim", "dpmpp")}
 
 # depth, width, heads (methods.md §1.2 and §15)
 SIZE_GRIDS: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -133,22 +209,49 @@ class Model(Section):
     def patch(self) -> int:
         return int(self.size.partition("/")[2])
 
+    def last_blocks(self, asked: int | None) -> int:
+        """How many of the blocks are the decoder where SD-DiT's is 'last_blocks': as asked, or a third.
+
+        Raises:
+            UsageError: none would be left for the encoder.
+        """
+        depth = self.dims[0]
+        if asked is not None and asked >= depth:
+            raise UsageError(f"method.last_blocks is {asked}, but size {self.size!r} has {depth}: leave one at least.")
+        return asked or max(1, depth // 3)
+
 
 class Diffusion(Section):
-    """EDM (methods.md §3.2): preconditioning, the training law of sigma, and the range of the sampler."""
+    """EDM (Karras et al., arXiv 2206.00364) or IDDPM with learnt variance (Nichol & Dhariwal, arXiv 2102.09672).
 
-    kind: Literal["edm"] = "edm"
-    sigma_data: Positive = 0.5
-    p_mean: float = -1.2
-    p_std: Positive = 1.2
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
+    A field of the other formulation has no effect and is no part of the experiment's identity.
+    """
+
+    kind: Kind = "edm"  # as part of an experiment: the method's published one
+    # EDM: preconditioning, training law of sigma, range of the sampler
+    sigma_data: Annotated[Positive, OnlyEDM] = 0.5
+    p_mean: Annotated[float, OnlyEDM] = -1.2
+    p_std: Annotated[Positive, OnlyEDM] = 1.2
+    sigma_min: Positive = 0.002  # under IDDPM only the lower end of a drawn teacher's noise
+    sigma_max: Annotated[Positive, OnlyEDM] = 80.0
+    rho: Annotated[Positive, OnlyEDM] = 7.0
+    # IDDPM: a linear schedule, both ends included
+    timesteps: Annotated[int, Field(ge=2), OnlyIDDPM] = 1000
+    beta_start: Annotated[float, Field(gt=0, lt=1), OnlyIDDPM] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1), OnlyIDDPM] = 0.02
+    min_snr_gamma: Annotated[Positive | None, OnlyIDDPM] = None  # weight min(SNR, gamma) / SNR (arXiv 2303.09556)
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the network puts out for each channel of the image: IDDPM also learns the variance."""
+        return 2 if self.kind == "iddpm" else 1
 
 
 class Data(Section):
     path: Annotated[str, NotInDigest] = "digits"  # a name in DATASETS, or a folder with a manifest.json
     flip: bool = False  # random horizontal flip
+    hold_out: Rate = 0.0  # fraction of the images that is not trained on, for eval.final
+    test_path: Annotated[str | None, NotInDigest] = None  # or a data set of held-out images
     # Used only where the data are not at hand (counting parameters); a manifest always wins.
     shape: Annotated[tuple[int, int, int] | None, NotInDigest] = None  # (C, H, W)
     num_classes: Annotated[Count | None, NotInDigest] = None
@@ -158,9 +261,10 @@ class Train(Section):
     steps: Annotated[Count, NotInDigest] = 400_000  # optimiser steps
     batch_size: Count = 256  # global, over all workers
     micro_batch: Annotated[Count | None, NotInDigest] = None  # per worker and pass; None: no accumulation
+    optimizer: Literal["adamw", "adan"] = "adamw"
     lr: Positive = 1e-4
     warmup_steps: Steps = 0  # linear, then constant
-    beta1: Rate = 0.9
+    beta1: Rate = 0.9  # of AdamW; Adan keeps its own
     beta2: Rate = 0.999
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -169,6 +273,13 @@ class Train(Section):
     ema: float | str = 0.9999  # a rate, or 'power:GAMMA' for (1 - 1/t)^(GAMMA + 1)
     compile: Annotated[bool, NotInDigest] = False
     log_every: Annotated[Count, NotInDigest] = 100
+
+    def ema_beta(self, update: int) -> float:
+        """The weight of the past at update 1, 2, … of the sampling average: the rate, or (1 − 1/t)^(GAMMA + 1)
+        (EDM2, arXiv 2312.02696, eq. 127)."""
+        if isinstance(self.ema, str):
+            return (1 - 1 / update) ** (float(self.ema.removeprefix("power:")) + 1)
+        return self.ema
 
     @field_validator("ema")
     @classmethod
@@ -189,14 +300,25 @@ class Eval(Section):
     every: Count = 50_000  # steps; evaluations and checkpoints fall on its multiples and on the last step
     samples: Annotated[int, Field(ge=2)] = 50_000
     extractor: str = "inception-v3-compat"
-    metrics: tuple[Literal["fid"], ...] = ("fid",)
+    metrics: tuple[Literal["fid", "sfid", "is", "precision", "recall", "kid"], ...] = ("fid",)
     seed: Steps = 0
-    guidance: Annotated[float, Field(ge=0)] = 1.0  # classifier-free guidance scale; 1 is none
     weights: Literal["ema", "raw"] = "ema"
     labels: Literal["uniform", "cyclic"] = "uniform"  # drawn, or i mod num_classes
-    sampler: Literal["heun"] = "heun"
-    sampler_steps: Annotated[int, Field(ge=2)] = 40
+    # solver; `Experiment.solver` says what None stands for
+    sampler: Literal["heun", "euler", "ddpm", "ddim", "dpmpp"] | None = None
+    sampler_steps: Annotated[int, Field(ge=2)] | None = None
+    # network evaluations a sample, where no steps are given
+    nfe: Annotated[int | None, Field(ge=3), NotInDigest] = None
     churn: Annotated[float, Field(ge=0)] = 0.0  # S_churn of EDM
+    # classifier-free guidance; `Experiment.guidance_rule` says what None stands for
+    guidance: Annotated[float, Field(ge=0)] = 1.0  # scale; 1 is none
+    guidance_rule: Literal["constant", "power-cosine"] | None = None
+    guidance_power: Positive = 4.0  # of the power-cosine rule
+    guidance_channels: Literal["all", "three"] | None = None
+    guidance_interval: tuple[float, float] | None = None  # guided only where sigma is in (low, high]
+    # asked for by name, at the last step
+    final: tuple[Literal["probe", "copying", "denoising", "seeds"], ...] = ()
+    final_seeds: Annotated[int, Field(ge=2)] = 4  # evaluation seeds of 'seeds'
     batch_size: Annotated[Count, NotInDigest] = 128  # samples made at once on one worker
     grid: Annotated[Count, NotInDigest] = 40  # samples in the recorded grid
 
@@ -216,7 +338,7 @@ class Experiment(Section):
     """One training run with its evaluation. Change it with `replace`; read the values it rests on with `flatten`."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    method: Annotated[DiT | SDDiT, Field(discriminator="name")] = SDDiT()
+    method: Annotated[DiT | MaskDiT | MDT | SDDiT, Field(discriminator="name")] = SDDiT()
     model: Model = Model()
     diffusion: Diffusion = Diffusion()
     data: Data = Data()
@@ -224,8 +346,33 @@ class Experiment(Section):
     eval: Eval = Eval()
     resources: Resources = Resources()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published_kind(cls, values: Any) -> Any:
+        """`diffusion.kind`, where it is not given, is the one the method was published with."""
+        if not isinstance(values, dict):
+            return values
+        method, diffusion = values.get("method", {}), values.get("diffusion", {})
+        name = method.get("name", "sddit") if isinstance(method, dict) else getattr(method, "name", None)
+        if name not in METHOD_CONFIGS or not isinstance(diffusion, dict) or "kind" in diffusion:
+            return values
+        return {**values, "diffusion": {"kind": METHOD_CONFIGS[name].published_kind, **diffusion}}  # type: ignore[attr-defined]
+
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
+        kind, sampler = self.diffusion.kind, self.eval.sampler
+        samplers = SAMPLERS[kind]
+        if sampler not in (None, *samplers):
+            raise ValueError(f"eval.sampler {sampler!r} is not for {kind} diffusion: use {' or '.join(samplers)}")
+        if self.eval.churn and self.solver[0] not in SAMPLERS["edm"]:
+            raise ValueError(f"eval.churn is for the samplers {' and '.join(SAMPLERS['edm'])} alone: leave it at 0")
+        if self.eval.guidance_rule == "power-cosine" and kind != "iddpm":
+            raise ValueError("eval.guidance_rule 'power-cosine' is for iddpm diffusion alone: use 'constant'")
+        low, high = self.eval.guidance_interval or (0, 1)
+        if low >= high:
+            raise ValueError(f"eval.guidance_interval is ({low}, {high}], which is empty: give [low, high] in sigma")
+        if kind == "iddpm":
+            _check_steps(*self.solver, self.diffusion.timesteps)
         batch, workers = self.train.batch_size, self.resources.workers
         if batch % workers:
             divisors = [str(w) for w in range(1, batch + 1) if batch % w == 0]
@@ -279,9 +426,41 @@ class Experiment(Section):
             node[field] = value
         return self.parse(values)
 
+    @property
+    def solver(self) -> tuple[str, int]:
+        """Sampler and its steps. What is not given follows from the diffusion: as published, or by `eval.nfe`.
+
+        As published: Heun with 40 steps under EDM, ancestral DDPM with 250 under IDDPM. By evaluations: Heun, which
+        takes two a step but for the last, or DPM-Solver++, which takes one.
+        """
+        options, edm = self.eval, self.diffusion.kind == "edm"
+        name = options.sampler or ("heun" if edm else "dpmpp" if options.nfe else "ddpm")
+        if options.sampler_steps:
+            return name, options.sampler_steps
+        if options.nfe:
+            return name, (options.nfe + 1) // 2 if name == "heun" else options.nfe
+        return name, {"heun": 40, "euler": 40, "ddpm": 250, "ddim": 50, "dpmpp": 25}[name]
+
+    @property
+    def guidance_rule(self) -> tuple[str, str]:
+        """How the guidance scale varies over the steps, and which channels it acts on, as the method's authors did.
+
+        DiT and MDT, under IDDPM, guide the first three channels alone; MDT by a power-cosine.
+        """
+        iddpm = self.diffusion.kind == "iddpm"
+        published = "power-cosine" if iddpm and self.method.name == "mdt" else "constant"
+        rule = self.eval.guidance_rule or published
+        return rule, self.eval.guidance_channels or ("three" if iddpm else "all")
+
     def digest_fields(self) -> dict[str, Any]:
         """The fields that determine the result, by dotted name: the params in MLflow."""
-        return flatten(_digest_fields(self))
+        fields = flatten(_digest_fields(self))
+        for name, info in Diffusion.model_fields.items():
+            if any(isinstance(mark, _OnlyUnder) and mark != self.diffusion.kind for mark in info.metadata):
+                del fields[f"diffusion.{name}"]
+        fields["eval.sampler"], fields["eval.sampler_steps"] = self.solver
+        fields["eval.guidance_rule"], fields["eval.guidance_channels"] = self.guidance_rule
+        return fields
 
     def identity(self, data_digest: str) -> str:
         """Twelve hexadecimal digits that name this experiment wherever and however long it runs.
@@ -289,11 +468,25 @@ class Experiment(Section):
         Only fields that differ from their class's default enter, so a field added later leaves finished cells
         finished. `data_digest` stands for the content of the data (see `sddit.data.open_manifest`).
         """
-        defaults = type(self)(method=type(self.method)()).digest_fields()
+        plain = type(self)(method=type(self.method)(), diffusion=Diffusion(kind=self.diffusion.kind))
+        defaults = plain.digest_fields() | {"diffusion.kind": Diffusion().kind}
         fields = {k: v for k, v in self.digest_fields().items() if v != defaults[k]}
         content = {"schema": SCHEMA, "data.digest": data_digest, "method.name": self.method.name, **fields}
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _check_steps(sampler: str, steps: int, timesteps: int) -> None:
+    """Refuses what would be a step of no length, or a start from pure noise where the process has signal."""
+    what = f"{steps} steps of the sampler {sampler!r} (eval.sampler_steps, or eval.nfe)"
+    if (largest := timesteps - 1 if sampler == "dpmpp" else timesteps) < steps:
+        raise ValueError(f"{what} are more than diffusion.timesteps {timesteps} allow: use at most {largest}")
+    stride = timesteps // steps
+    if sampler == "ddim" and timesteps // stride != steps:
+        raise ValueError(
+            f"{what} do not fit diffusion.timesteps {timesteps}: strides of {stride} would leave the noisiest out. "
+            f"Use {timesteps // (stride + 1)} or {timesteps // stride}"
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

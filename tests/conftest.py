@@ -3,6 +3,12 @@
 import os
 import tempfile
 
+from hypothesis import settings
+
+# The first comparison of tensors imports a second's worth of torch, whichever test makes it.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
 # Removed when the session ends; nothing of the user's own cache is read or written.
 _cache = tempfile.TemporaryDirectory(prefix="sddit-test-cache-", ignore_cleanup_errors=True)
 

@@ -6,10 +6,14 @@ D(x; σ, y) = c_skip x + c_out F(c_in x; ln(σ)/4, y) the denoiser.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from sddit.config import Diffusion
+from sddit.diffusion.base import Process
 
 
 class Coefficients(NamedTuple):
@@ -65,3 +69,43 @@ def sigma_grid(n: int, sigma_min: float, sigma_max: float, rho: float) -> list[f
     """n noise levels from σ_max down to σ_min, evenly spaced in σ^(1/ρ); the final 0 is the sampler's own."""
     lo, hi = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return [(hi + i / (n - 1) * (lo - hi)) ** rho for i in range(n)]
+
+
+class EDM(Process):
+    """The process of an experiment with `diffusion.kind` 'edm'. The level of an image is its σ, float32."""
+
+    draws = {"sigma": ("normal", ())}
+
+    def __init__(self, config: Diffusion) -> None:
+        super().__init__()
+        self.config = config
+
+    def level(self, draws: Mapping[str, Tensor]) -> Tensor:
+        return training_sigma(draws["sigma"], self.config.p_mean, self.config.p_std)
+
+    def level_of(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return level
+
+    def noisy(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
+        return torch.addcmul(x0, eps, level[:, None, None, None])
+
+    def network_input(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
+        return network_input(x0, eps, level, self.config.sigma_data)
+
+    def condition(self, level: Tensor) -> Tensor:
+        return level.log() / 4
+
+    def error(self, output: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
+        """λ(σ) (D - x0)²."""
+        return (output.float() - raw_target(x0, eps, level, self.config.sigma_data)).square()
+
+    def denoised(self, output: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
+        c_out = coefficients(level, self.config.sigma_data).out[:, None, None, None]
+        return x0 + c_out * (output.float() - raw_target(x0, eps, level, self.config.sigma_data))
+
+    def evaluate(self, network: nn.Module, x: Tensor, level: Tensor, y: Tensor) -> Tensor:
+        """D(x; σ, y)."""
+        return denoise(network, x, level, y, self.config.sigma_data)

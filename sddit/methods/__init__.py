@@ -5,9 +5,16 @@ from __future__ import annotations
 from sddit.config import Experiment
 from sddit.methods.base import Method
 from sddit.methods.dit import DiTMethod
+from sddit.methods.maskdit import MaskDiTMethod
+from sddit.methods.mdt import MDTMethod
 from sddit.methods.sddit import SDDiTMethod
 
-METHODS: dict[str, type[Method]] = {"dit": DiTMethod, "sddit": SDDiTMethod}
+METHODS: dict[str, type[Method]] = {
+    "dit": DiTMethod,
+    "maskdit": MaskDiTMethod,
+    "mdt": MDTMethod,
+    "sddit": SDDiTMethod,
+}
 
 
 def build_method(experiment: Experiment, shape: tuple[int, int, int], num_classes: int) -> Method:

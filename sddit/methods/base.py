@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from sddit.config import Experiment
+from sddit.diffusion import build_process
+from sddit.models.layers import Encoder
 
 Draws = dict[str, tuple[str, tuple[int, ...]]]  # stream name → ('uniform' | 'normal', shape of one position)
 
@@ -40,8 +42,8 @@ class Losses:
     """What one micro-batch costs; means over its images."""
 
     total: Tensor  # scalar, fp32, to be back-propagated
-    per_image: Tensor  # (B,) fp32, detached: the generative loss, which tells where a non-finite total comes from
-    parts: dict[str, Tensor] = field(default_factory=dict)  # 'generative', 'discriminative': scalars, detached
+    per_image: Tensor  # (B,) fp32, detached: what an image adds, which tells where a non-finite total comes from
+    parts: dict[str, Tensor] = field(default_factory=dict)  # 'generative' and the method's own: scalars, detached
 
 
 class Method(nn.Module):
@@ -58,6 +60,7 @@ class Method(nn.Module):
         super().__init__()
         self.experiment = experiment
         self.shape, self.num_classes = shape, num_classes
+        self.process = build_process(experiment.diffusion)
 
     def draws(self) -> Draws:
         """The random numbers that a step needs for each position of the global batch."""
@@ -83,11 +86,28 @@ class Method(nn.Module):
         """
         return {}
 
-    def drop_labels(self, batch: Batch) -> Tensor:
-        """Labels (B,), the null class where the draw 'drop' says so (`method.class_dropout`)."""
-        return torch.where(batch.draws["drop"] < self.experiment.method.class_dropout, self.num_classes, batch.y)
+    def drop_labels(self, y: Tensor, draw: Tensor) -> Tensor:
+        """Labels (B,), the null class where the draw (B,) says so (`method.class_dropout`)."""
+        return torch.where(draw < self.experiment.method.class_dropout, self.num_classes, y)
+
+    # ------------------------------------------------------------------------------------- what is asked afterwards
 
     @torch.no_grad()
-    def denoise(self, network: nn.Module, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        """The preconditioned denoiser D(x; sigma, y) of `network` (its averaged or raw copy), for sampling."""
-        raise NotImplementedError
+    def features(self, network: nn.Module, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        """What the encoder says of images x0 (B, C, H, W) at noise σ (B,): its patch tokens' mean, (B, D) float32.
+
+        All tokens are visible, and no label is given, so that it cannot leak into a probe.
+        """
+        assert isinstance(network, Encoder)
+        level = self.process.level_of(sigma)
+        tokens = network.embed(self.process.network_input(x0, eps, level))
+        y = torch.full((len(x0),), self.num_classes, device=x0.device)
+        encoded = network.encode(tokens, network.condition(self.process.condition(level), y))
+        return encoded[:, -network.num_tokens :].float().mean(dim=1)
+
+    @torch.no_grad()
+    def denoising_error(self, network: nn.Module, x0: Tensor, eps: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        """The generative loss of each image (B,) at noise σ (B,), with all tokens visible."""
+        level = self.process.level_of(sigma)
+        output = network(self.process.network_input(x0, eps, level), self.process.condition(level), y)
+        return self.process.error(output, x0, eps, level).mean(dim=(1, 2, 3))

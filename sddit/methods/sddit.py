@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sddit.config import Experiment
 from sddit.config import SDDiT as SDDiTConfig
-from sddit.diffusion import edm
-from sddit.errors import UsageError
 from sddit.methods import discrimination
 from sddit.methods.base import Batch, Draws, Losses, Method
 from sddit.models import build_network, masking
@@ -31,7 +29,7 @@ class Context:
     """What a micro-batch's losses need beyond the batch."""
 
     y: Tensor  # (B,) labels, some dropped
-    sigma: Tensor  # (B,) σ_S
+    level: Tensor  # (B,) noise level of the student's view, in the unit of the process
     mask: masking.Mask | None  # None: all tokens are visible
     targets: Tensor | None = None  # (B, 1 + K, P): P_T of [CLS] and of the visible tokens in the mask's order
 
@@ -47,17 +45,13 @@ class SDDiTMethod(Method):
         super().__init__(experiment, shape, num_classes)
         assert isinstance(experiment.method, SDDiTConfig)
         self.options = options = experiment.method
-        if options.stop_gradient and not options.lambda_d:
-            raise UsageError(
-                "method.stop_gradient is true and method.lambda_d is 0, so that nothing would train the encoder. "
-                "Change either."
-            )
         network = build_network(experiment, shape, num_classes)
         assert isinstance(network, SDDiT)
         self.network = network
         self.keep = masking.keep_count(network.num_tokens, options.mask_ratio)
+        self.decoded = "visible" if options.masked_slots == "nothing" else "all"
         self.information: dict[str, Tensor] = {}
-        if not options.lambda_d:
+        if not options.discriminates:
             return
 
         self.heads = discrimination.Heads(options, network.width)
@@ -66,8 +60,9 @@ class SDDiTMethod(Method):
         self.targets_cls = discrimination.Targets(options)
         self.targets_patch = discrimination.Targets(options, groups)
 
+        depth, (_, width, heads) = len(network.blocks), experiment.model.dims
         self.teacher = Encoder(
-            shape, num_classes, *experiment.model.dims, network.patch, null_row=False, cls_std=options.cls_init_std
+            shape, num_classes, depth, width, heads, network.patch, null_row=False, cls_std=options.cls_init_std
         )
         self.teacher_heads = discrimination.Heads(options, network.width)
         student = network.state_dict()
@@ -83,18 +78,18 @@ class SDDiTMethod(Method):
 
     def train(self, mode: bool = True) -> SDDiTMethod:
         super().train(mode)
-        if self.options.lambda_d:
+        if self.options.discriminates:
             self.teacher.eval()
             self.teacher_heads.eval()
         return self
 
     def draws(self) -> Draws:
-        draws: Draws = {"drop": ("uniform", ()), "sigma": ("normal", ()), "noise": ("normal", self.shape)}
+        draws: Draws = {"drop": ("uniform", ()), **self.process.draws, "noise": ("normal", self.shape)}
         if self.keep < self.network.num_tokens:
             draws["mask"] = ("uniform", (self.network.num_tokens,))
-        if self.options.lambda_d and self.options.teacher_sigma == "drawn":
+        if self.options.discriminates and self.options.teacher_sigma == "drawn":
             draws["sigma_teacher"] = ("uniform", ())
-        if self.options.lambda_d and self.options.noise_coupling == "independent":
+        if self.options.discriminates and self.options.noise_coupling == "independent":
             draws["noise_teacher"] = ("normal", self.shape)
         return draws
 
@@ -104,7 +99,7 @@ class SDDiTMethod(Method):
     def begin_step(self, batches: list[Batch], step: int) -> list[Context]:
         """Masks, and the teacher's targets, which may depend on every token of the global batch."""
         contexts = [self._context(batch) for batch in batches]
-        if not self.options.lambda_d:
+        if not self.options.discriminates:
             return contexts
         parts = [self._teacher_logits(batch, context) for batch, context in zip(batches, contexts, strict=True)]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -118,35 +113,34 @@ class SDDiTMethod(Method):
         return contexts
 
     def _context(self, batch: Batch) -> Context:
-        diffusion = self.experiment.diffusion
-        sigma = edm.training_sigma(batch.draws["sigma"], diffusion.p_mean, diffusion.p_std)
         mask = masking.random_mask(batch.draws["mask"], self.keep) if "mask" in batch.draws else None
-        return Context(self.drop_labels(batch), sigma, mask)
+        return Context(self.drop_labels(batch.y, batch.draws["drop"]), self.process.level(batch.draws), mask)
 
     def _teacher_logits(self, batch: Batch, context: Context) -> Tensor:
         """(B, 1 + N, P) of the cleaner view; only 1 + K tokens where the teacher sees what the student sees."""
         options = self.options
-        sigma = self._teacher_sigma(batch, context)
+        level = self._teacher_level(batch, context)
         eps = batch.draws["noise" if options.noise_coupling == "same" else "noise_teacher"]
         y = {
             "same": context.y,
             "never_dropped": batch.y,
             "always_dropped": torch.full_like(batch.y, self.num_classes),
         }[options.teacher_label]
-        x = edm.network_input(batch.x0, eps, sigma, self.experiment.diffusion.sigma_data)
+        x = self.process.network_input(batch.x0, eps, level)
         bf16 = self.experiment.train.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            tokens, c = self.teacher.embed(x), self.teacher.condition(sigma.log() / 4, y)
+            tokens, c = self.teacher.embed(x), self.teacher.condition(self.process.condition(level), y)
             encoded = self.teacher.encode(tokens, c, context.ids_keep if options.teacher_tokens == "visible" else None)
         return self.teacher_heads(encoded)
 
-    def _teacher_sigma(self, batch: Batch, context: Context) -> Tensor:
+    def _teacher_level(self, batch: Batch, context: Context) -> Tensor:
         if self.options.teacher_sigma == "student":
-            return context.sigma
+            return context.level
+        sigma = self.process.sigma(context.level)
         if self.options.teacher_sigma == "drawn":  # ln σ_T uniform between ln σ_min and ln σ_S
             low = math.log(self.experiment.diffusion.sigma_min)
-            return (low + batch.draws["sigma_teacher"] * (context.sigma.log() - low)).exp()
-        return torch.full_like(context.sigma, self.options.teacher_sigma)
+            return self.process.level_of((low + batch.draws["sigma_teacher"] * (sigma.log() - low)).exp())
+        return self.process.level_of(torch.full_like(sigma, self.options.teacher_sigma))
 
     def _targets(self, logits: Tensor, ids_keep: Tensor | None, step: int) -> Tensor:
         """P_T (B, 1 + K, P). Centre and balance over all tokens that the teacher saw, then keep the visible ones."""
@@ -168,10 +162,10 @@ class SDDiTMethod(Method):
     # ------------------------------------------------------------------------------------------------------ the loss
 
     def forward(self, batch: Batch, context: Context, step: int) -> Losses:
-        network, options, sigma_data = self.network, self.options, self.experiment.diffusion.sigma_data
-        eps, sigma = batch.draws["noise"], context.sigma
-        tokens = network.embed(edm.network_input(batch.x0, eps, sigma, sigma_data))
-        c = network.condition(sigma.log() / 4, context.y)
+        network, options, process = self.network, self.options, self.process
+        x0, eps, level = batch.x0, batch.draws["noise"], context.level
+        tokens = network.embed(process.network_input(x0, eps, level))
+        c = network.condition(process.condition(level), context.y)
         encoded = network.encode(tokens, c, context.ids_keep)
 
         # Embedders are part of the encoder: with stop_gradient, L_G reaches none of what the teacher copies.
@@ -179,8 +173,8 @@ class SDDiTMethod(Method):
         if options.stop_gradient:
             shared = (encoded.detach(), tokens.detach(), c.detach())
         output = network.decode(*shared, context.ids_keep)
-        error = (output.float() - edm.raw_target(batch.x0, eps, sigma, sigma_data)).square()
-        if options.generative_tokens == "visible" and context.mask:
+        error = process.error(output, x0, eps, level)
+        if context.mask and "visible" in (options.generative_tokens, self.decoded):
             visible = 1 - context.mask.removed
             per_image = (patchify(error, network.patch).mean(dim=2) * visible).sum(dim=1) / self.keep
         else:
@@ -191,37 +185,41 @@ class SDDiTMethod(Method):
         if context.targets is not None:
             tokens_ce = discrimination.cross_entropy(self.heads(encoded), context.targets, options.tau_student)
             cls, patch = tokens_ce[:, 0], tokens_ce[:, 1:].mean(dim=1)
-            total = total + options.lambda_d * (cls + patch).mean()
+            total = total + self.lambda_d(step) * (cls + patch).mean()
             parts |= {"discriminative_cls": cls.detach().mean(), "discriminative_patch": patch.detach().mean()}
             parts["discriminative"] = parts["discriminative_cls"] + parts["discriminative_patch"]
         return Losses(total, per_image.detach(), parts)
 
+    def lambda_d(self, step: int) -> float:
+        options = self.options
+        if options.lambda_d_end is None or options.lambda_d_horizon is None:
+            return options.lambda_d
+        return discrimination.ramp(options.lambda_d, options.lambda_d_end, step, options.lambda_d_horizon)
+
     # -------------------------------------------------------------------------------------------- after the gradient
 
     def after_backward(self, step: int) -> None:
-        if self.options.lambda_d and step < self.options.prototype_freeze_steps:
+        if self.options.discriminates and step < self.options.prototype_freeze_steps:
             for head in self.heads.values():
                 head.get_parameter("prototypes.weight").grad = None
 
     @torch.no_grad()
     def after_optimizer(self, step: int) -> None:
-        if self.options.lambda_d:
+        if self.options.discriminates:
             torch._foreach_lerp_(self._teacher_parameters, self._student_parameters, 1 - self.teacher_momentum(step))
 
     def teacher_momentum(self, step: int) -> float:
         """a in θ̄ ← a θ̄ + (1 - a) θ."""
         options = self.options
+        if options.share_ema:
+            return self.experiment.train.ema_beta(step + 1)
         if options.teacher_momentum_end is None or options.teacher_momentum_horizon is None:
             return options.teacher_momentum
         end, horizon = options.teacher_momentum_end, options.teacher_momentum_horizon
         return discrimination.cosine(options.teacher_momentum, end, step, horizon)
 
     def end_step(self, step: int) -> dict[str, Tensor]:
-        if self.options.lambda_d:
+        if self.options.discriminates:
             self.targets_cls.update()
             self.targets_patch.update()
         return self.information
-
-    @torch.no_grad()
-    def denoise(self, network: nn.Module, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        return edm.denoise(network, x, sigma, y, self.experiment.diffusion.sigma_data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sddit.models.layers import Encoder, ModulatedLinear, unpatchify
@@ -33,5 +34,5 @@ class DiT(Encoder):
             y: (B,) int64 labels; `num_classes` is the null class.
         """
         c = self.condition(noise, y)
-        tokens = self.final(self.encode(self.embed(x), c), c)
+        tokens = self.final(self.encode(self.embed(x), c), F.silu(c))
         return unpatchify(tokens, self.patch, self.out_shape)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from sddit import seeding
 from sddit.models import masking
 
-Law = tuple[str, float]  # ('zeros', _), ('normal', standard deviation) or ('uniform', half-width)
+Law = tuple[str, float]  # ('zeros', _), ('normal', standard deviation), ('uniform', half-width) or ('as it is', _)
 ZEROS: Law = ("zeros", 0.0)
+AS_IT_IS: Law = ("as it is", 0.0)  # positional codes that are trained from the fixed ones on
 
 TIME_FREQUENCIES = 128
 LN_EPS = 1e-6
@@ -48,6 +49,8 @@ def keyed_init_(module: nn.Module, seed: int) -> None:
 
 def _draw_(parameter: nn.Parameter, law: Law, seed: int, stream: str) -> None:
     kind, scale = law
+    if kind == "as it is":
+        return
     size = (parameter.numel(),)
     if kind == "zeros":
         parameter.zero_()
@@ -100,9 +103,9 @@ def sincos_2d(width: int, rows: int, columns: int) -> Tensor:
     return torch.from_numpy(code.astype(np.float32))
 
 
-def frozen(values: Tensor) -> nn.Parameter:
-    """A parameter that is not trained: counted and saved with the network, as in the published code."""
-    return nn.Parameter(values.to(torch.get_default_device()), requires_grad=False)
+def position_code(width: int, grid: tuple[int, int], *, trained: bool = False) -> nn.Parameter:
+    """`sincos_2d` as a parameter: counted and saved with the network, as in the published code, also if not trained."""
+    return nn.Parameter(sincos_2d(width, *grid).to(torch.get_default_device()), requires_grad=trained)
 
 
 # ---------------------------------------------------------------------------------------------------------- condition
@@ -128,15 +131,15 @@ class TimestepEmbedder(nn.Module):
 class ClassEmbedder(nn.Module):
     """Label (B,) int64 → (B, D); the null class has index `num_classes`.
 
-    With `null_row` it is a learnt row, N(0, 0.02²) like the others (DiT, MDT). Without, it is the zero vector: a
-    bias-free Linear on the one-hot, stored here as its columns (MaskDiT, SD-DiT).
+    With `null_row` it is a learnt row like the others (DiT, MDT). Without, it is the zero vector: a bias-free Linear
+    on the one-hot, stored here as its columns (MaskDiT, SD-DiT). All start from N(0, 0.02²).
     """
 
     def __init__(self, num_classes: int, width: int, *, null_row: bool) -> None:
         super().__init__()
         self.num_classes, self.null_row = num_classes, null_row
         self.table = nn.Parameter(torch.zeros(num_classes + null_row, width))
-        self.laws: dict[str, Law] = {"table": ("normal", 0.02) if null_row else xavier(num_classes, width)}
+        self.laws: dict[str, Law] = {"table": ("normal", 0.02)}
 
     def forward(self, y: Tensor) -> Tensor:
         if self.null_row:
@@ -158,19 +161,42 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with biases, no dropout."""
+class RelativePositionBias(nn.Module):
+    """A learnt number for each head and each offset between two tokens (BEiT, arXiv 2106.08254; three rows unused)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    offsets: Tensor
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        rows, columns = grid
+        self.table = nn.Parameter(torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, heads))
+        self.laws: dict[str, Law] = {"table": ("normal", 0.02)}
+        row, column = torch.tensor(np.indices(grid).reshape(2, -1))
+        down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
+        self.register_buffer("offsets", down * (2 * columns - 1) + right, persistent=False)
+
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """(1, h, N, N), or (B, h, K, K) among the tokens `ids` (B, K) of each image."""
+        offsets = self.offsets[None] if ids is None else self.offsets[ids[:, :, None], ids[:, None, :]]
+        return F.embedding(offsets, self.table).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases, no dropout; with `grid`, also with a bias by relative position."""
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
+        self.position = RelativePositionBias(grid, heads) if grid else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         b, n, d = x.shape
         q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=2))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        # A fused kernel takes the bias as an additive mask, which must have the dtype of q under autocast.
+        bias = self.position(ids).to(q.dtype) if self.position is not None else None
+        return self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(b, n, d))
 
 
 class MLP(nn.Module):
@@ -186,18 +212,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero block. `condition` is the width of c, which a decoder takes from its encoder."""
+    """adaLN-Zero block. `condition` is the width of c, which a decoder takes from its encoder.
 
-    def __init__(self, width: int, heads: int, condition: int) -> None:
+    With `grid`, its attention has a bias by relative position; with `skip`, its input is first joined with another.
+    """
+
+    def __init__(
+        self, width: int, heads: int, condition: int, *, grid: tuple[int, int] | None = None, skip: bool = False
+    ) -> None:
         super().__init__()
-        self.attention = Attention(width, heads)
+        self.skip = Linear(2 * width, width) if skip else None
+        self.attention = Attention(width, heads, grid)
         self.mlp = MLP(width)
         self.modulation = Linear(condition, 6 * width, law=ZEROS)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, N, D); c (B, condition), already through SiLU, which all blocks share."""
+    def forward(self, x: Tensor, c: Tensor, skip: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """x and skip (B, N, D); c (B, condition), already through SiLU, which all blocks share; ids (B, N)."""
+        if self.skip is not None:
+            assert skip is not None
+            x = self.skip(torch.cat([x, skip], dim=2))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=2)
-        x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1)))
+        x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1), ids))
         return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))
 
 
@@ -217,7 +252,8 @@ class ModulatedLinear(nn.Module):
 class Encoder(nn.Module):
     """Embedders and a stack of blocks: all of DiT but its final layer, and what the teacher of SD-DiT copies.
 
-    With `cls_std`, a learnt [CLS] token drawn from N(0, cls_std²) comes first; its positional code is zero.
+    With `cls_std`, a learnt [CLS] token drawn from N(0, cls_std²) comes first; its positional code is zero. The
+    positional codes are fixed, or with `trained_positions` start from the fixed ones.
     """
 
     def __init__(
@@ -231,6 +267,7 @@ class Encoder(nn.Module):
         *,
         null_row: bool,
         cls_std: float | None = None,
+        trained_positions: bool = False,
     ) -> None:
         super().__init__()
         channels, height, columns = shape
@@ -239,30 +276,31 @@ class Encoder(nn.Module):
         self.num_tokens = self.grid[0] * self.grid[1]
         # The published strided convolution, as a Linear on patch vectors.
         self.patch_embed = Linear(patch * patch * channels, width)
-        self.pos_embed = frozen(sincos_2d(width, *self.grid))
+        self.pos_embed = position_code(width, self.grid, trained=trained_positions)
         self.time_embed = TimestepEmbedder(width)
         self.class_embed = ClassEmbedder(num_classes, width, null_row=null_row)
         self.blocks = nn.ModuleList(Block(width, heads, width) for _ in range(depth))
         self.cls = None if cls_std is None else nn.Parameter(torch.zeros(width))
-        self.laws: dict[str, Law] = {"cls": ("normal", cls_std or 0.0)}
+        self.laws: dict[str, Law] = {"cls": ("normal", cls_std or 0.0), "pos_embed": AS_IT_IS}
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → tokens with their positional code, (B, N, D)."""
         return self.patch_embed(patchify(x, self.patch)) + self.pos_embed
 
     def condition(self, noise: Tensor, y: Tensor) -> Tensor:
-        """SiLU of time plus class embedding, (B, D): every use of c starts with this SiLU."""
-        return F.silu(self.time_embed(noise) + self.class_embed(y))
+        """c, (B, D): time plus class embedding."""
+        return self.time_embed(noise) + self.class_embed(y)
 
-    def encode(self, tokens: Tensor, c: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """The blocks on [CLS], where there is one, and the visible tokens: (B, 1 + K, D).
+    def encode(self, tokens: Tensor, c: Tensor, ids_keep: Tensor | None = None, *, cls: bool = True) -> Tensor:
+        """The blocks on [CLS], where there is one and it is wanted, and the visible tokens: (B, 1 + K, D).
 
         `ids_keep` (B, K) chooses the visible of `tokens` (B, N, D) and gives their order; None keeps all in place.
         """
         if ids_keep is not None:
             tokens = masking.gather(tokens, ids_keep)
-        if self.cls is not None:
+        if cls and self.cls is not None:
             tokens = torch.cat([self.cls.expand(len(tokens), 1, -1), tokens], dim=1)
+        c = F.silu(c)
         for block in self.blocks:
             tokens = block(tokens, c)
         return tokens

@@ -6,54 +6,55 @@ receives the patch embedding of the noisy input itself.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sddit.models import masking
-from sddit.models.layers import Block, Encoder, ModulatedLinear, frozen, sincos_2d, unpatchify
+from sddit.models.decoder import EncoderDecoder
+from sddit.models.layers import Linear, layer_norm, unpatchify
 
 
-class SDDiT(Encoder):
+class SDDiT(EncoderDecoder):
+    """The switches are those of `config.SDDiT`."""
+
     def __init__(
         self,
-        shape: tuple[int, int, int],
-        num_classes: int,
-        depth: int,
-        width: int,
-        heads: int,
-        patch: int,
-        *,
-        decoder_depth: int = 8,
-        decoder_width: int = 512,
-        decoder_heads: int = 16,
+        *args: Any,
         cls_init_std: float = 0.02,
-        masked_slots: Literal["noisy", "zeros"] = "noisy",
+        masked_slots: Literal["noisy", "zeros", "nothing"] = "noisy",
+        cls_in_decoder: Literal["removed", "forwarded", "embedded"] = "removed",
+        cls_at_inference: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(shape, num_classes, depth, width, heads, patch, null_row=False, cls_std=cls_init_std)
-        self.masked_slots = masked_slots
-        self.bridge = ModulatedLinear(width, decoder_width, width)
-        self.decoder_pos_embed = frozen(sincos_2d(decoder_width, *self.grid))
-        self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, width) for _ in range(decoder_depth))
-        self.final = ModulatedLinear(decoder_width, patch * patch * shape[0], width)
+        super().__init__(*args, cls_std=cls_init_std, **options)
+        self.masked_slots, self.cls_in_decoder = masked_slots, cls_in_decoder
+        self.cls_at_inference = cls_at_inference
+        embedded = cls_in_decoder == "embedded"
+        self.cls_embed = Linear(self.width, self.width, law=("normal", 0.02)) if embedded else None
 
     def forward(self, x: Tensor, noise: Tensor, y: Tensor) -> Tensor:
-        """Raw output F, (B, C, H, W), with all tokens visible: the graph of inference. Arguments as in `DiT`."""
+        """Raw output F, (B, out_channels, H, W), all tokens visible: the graph of inference. Arguments as in `DiT`."""
         tokens, c = self.embed(x), self.condition(noise, y)
-        return self.decode(self.encode(tokens, c), tokens, c)
+        return self.decode(self.encode(tokens, c, cls=self.cls_at_inference), tokens, c)
 
     def decode(self, encoded: Tensor, tokens: Tensor, c: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """F from the encoder's output ([CLS] first, dropped here) and the embedded noisy input `tokens` (B, N, D)."""
-        visible = encoded[:, 1:]
-        if ids_keep is None:
-            slots = self.bridge(visible, c)
+        """F from the encoder's output and the embedded noisy input `tokens` (B, N, D).
+
+        `encoded` starts with [CLS], unless it is as long as what was visible. What is not decoded is 0.
+        """
+        visible = self.num_tokens if ids_keep is None else ids_keep.shape[1]
+        cls, encoded = encoded[:, :-visible], encoded[:, -visible:]
+        if self.cls_embed is not None:
+            c = c + self.cls_embed(layer_norm(cls[:, 0]))
+        first = self.cross(cls, c) if self.cls_in_decoder == "forwarded" else None
+
+        if ids_keep is None or self.masked_slots == "nothing":
+            patches = self.run_decoder(self.cross(encoded, c), c, ids_keep, first)
+            if ids_keep is not None:
+                patches = self.filled(patches, ids_keep)
         elif self.masked_slots == "noisy":
-            slots = self.bridge(masking.scatter(tokens, ids_keep, visible), c)
+            patches = self.run_decoder(self.cross(masking.scatter(tokens, ids_keep, encoded), c), c, first=first)
         else:  # zeros enter behind the bridge, where MaskDiT's mask token does
-            visible = self.bridge(visible, c)
-            zeros = visible.new_zeros(len(visible), self.num_tokens, visible.shape[2])
-            slots = masking.scatter(zeros, ids_keep, visible)
-        slots = slots + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            slots = block(slots, c)
-        return unpatchify(self.final(slots, c), self.patch, self.shape)
+            patches = self.run_decoder(self.filled(self.cross(encoded, c), ids_keep), c, first=first)
+        return unpatchify(patches, self.patch, self.out_shape)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sddit.config import Experiment
+from sddit.config import Experiment, Train
 from sddit.errors import CheckpointError
 from sddit.methods.base import Method
 from sddit.training.store import SAMPLING, TRAINING
@@ -19,26 +19,20 @@ from sddit.training.store import SAMPLING, TRAINING
 class SamplingEMA:
     """The averaged network: an exact copy at the start, then θ̄ ← β θ̄ + (1 − β) θ after every step.
 
-    β is a fixed rate, or (1 − 1/t)^(γ + 1) at step t for the rule 'power:γ' (EDM2, arXiv 2312.02696, eq. 127), which
-    needs no horizon.
+    β is `config.Train.ema_beta`.
     """
 
-    def __init__(self, network: nn.Module, rule: float | str) -> None:
+    def __init__(self, network: nn.Module, train: Train) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.rule = rule
+        self.train = train
         names = {name for name, p in network.named_parameters() if p.requires_grad}
         self._source: list[Tensor] = [p for name, p in network.named_parameters() if name in names]
         self._average: list[Tensor] = [p for name, p in self.network.named_parameters() if name in names]
 
-    def beta(self, step: int) -> float:
-        """The weight of the past at update `step` = 1, 2, …"""
-        if isinstance(self.rule, str):
-            return (1 - 1 / step) ** (float(self.rule.removeprefix("power:")) + 1)
-        return self.rule
-
     @torch.no_grad()
     def update(self, step: int) -> None:
-        torch._foreach_lerp_(self._average, self._source, 1 - self.beta(step))
+        """Update `step` = 1, 2, …"""
+        torch._foreach_lerp_(self._average, self._source, 1 - self.train.ema_beta(step))
 
 
 @dataclass
@@ -69,15 +63,7 @@ class TrainState:
     def create(cls, experiment: Experiment, method: Method, device: torch.device) -> TrainState:
         method.to(device).train()
         train = experiment.train
-        optimizer = torch.optim.AdamW(
-            [p for p in method.parameters() if p.requires_grad],
-            lr=train.lr,
-            betas=(train.beta1, train.beta2),
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
-        return cls(method, optimizer, SamplingEMA(method.network, train.ema))
+        return cls(method, build_optimizer(method, train), SamplingEMA(method.network, train))
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint: 'sampling' (averaged network) and 'training' (the rest)."""
@@ -108,6 +94,19 @@ class TrainState:
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.method.named_parameters() if p.requires_grad}
+
+
+def build_optimizer(method: Method, train: Train) -> torch.optim.Optimizer:
+    """AdamW, or Adan (arXiv 2208.06677) as MDTv2 uses it, on the method's trainable parameters."""
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    if train.optimizer == "adan":
+        from timm.optim import Adan  # seconds to import
+
+        return Adan(parameters, lr=train.lr, eps=train.eps, weight_decay=train.weight_decay)
+    betas = (train.beta1, train.beta2)
+    return torch.optim.AdamW(
+        parameters, lr=train.lr, betas=betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
+    )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from sddit.data import open_manifest
 from sddit.data.sampler import BatchSampler
 from sddit.data.shards import Shards
 from sddit.methods import build_method
-from sddit.metrics import features, fidelity
-from sddit.training import loop
+from sddit.metrics import features
+from sddit.metrics.reference import of_manifest
+from sddit.training import diagnostics, loop
 from sddit.training.store import CheckpointStore
 
 
@@ -43,19 +44,25 @@ class Memory:
 def run(experiment, folder, stop_at=None, memory=None):
     """Trains an experiment in this process; stops softly after step `stop_at`."""
     manifest = open_manifest(experiment.data.path)
-    extractor = features.get_extractor(experiment.eval.extractor, "cpu")
+    metrics = diagnostics.metrics_of(experiment)
+    extractor = features.get_extractor(experiment.eval.extractor, "cpu", metrics)
+    data, train = experiment.data, experiment.train
+    sampler = BatchSampler(
+        Shards(manifest), seed=experiment.seed, batch_size=train.batch_size, flip=data.flip, hold_out=data.hold_out
+    )
     memory = memory or Memory()
     reached = max((c.step for c in CheckpointStore(folder).checkpoints()), default=0)
     steps = itertools.count(reached + 1)
     result = loop.train(
         experiment,
         build_method(experiment, manifest.shape, manifest.num_classes),
-        BatchSampler(Shards(manifest), seed=experiment.seed, batch_size=experiment.train.batch_size),
+        sampler,
         store=CheckpointStore(folder),
         reporter=memory,
         extractor=extractor,
-        reference=lambda: fidelity.reference_moments(manifest, extractor),
+        reference=lambda: of_manifest(manifest).load(extractor, metrics),
         device=torch.device("cpu"),
+        held_out=diagnostics.held_out_images(experiment, sampler),
         should_stop=lambda: next(steps) == stop_at,
     )
     return result, memory

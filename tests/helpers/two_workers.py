@@ -19,7 +19,7 @@ BASE = {"centring": "ema", "tau_teacher": 0.07, "tau_teacher_warmup_steps": 20, 
 
 
 def untouched(**changes: Any) -> SDDiTMethod:
-    fields = {f"method.{k}": v for k, v in (BASE | changes).items()}
+    fields = {k if "." in k else f"method.{k}": v for k, v in (BASE | changes).items()}
     return SDDiTMethod(presets.digits().replace(fields), (1, 8, 8), 10)
 
 

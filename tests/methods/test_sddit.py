@@ -88,12 +88,12 @@ def test_without_the_discriminative_loss_there_is_only_the_generator() -> None:
 def test_samples_do_not_depend_on_head_centres_or_teacher() -> None:
     method = build()
     x, sigma, y = torch.randn(4, 1, 8, 8), torch.ones(4), torch.arange(4)
-    before = method.denoise(method.network, x, sigma, y)
+    before = method.process.evaluate(method.network, x, sigma, y)
     with torch.no_grad():
         for name, value in method.state_dict().items():
             if not name.startswith("network."):
                 value.normal_()
-    assert torch.equal(method.denoise(method.network, x, sigma, y), before)
+    assert torch.equal(method.process.evaluate(method.network, x, sigma, y), before)
 
 
 # --------------------------------------------------------------------------------------------------------------- views
@@ -178,9 +178,9 @@ def test_discriminative_loss_by_hand() -> None:
     assert context.targets is not None and context.targets.shape == (5, 13, 64)
     losses = method(batch, context, 0)
     network = method.network
-    sigma = context.sigma[:, None, None, None]
+    sigma = context.level[:, None, None, None]
     tokens = network.embed((batch.x0 + sigma * batch.draws["noise"]) / (sigma**2 + 0.75**2).sqrt())
-    encoded = network.encode(tokens, network.condition(context.sigma.log() / 4, context.y), context.ids_keep)
+    encoded = network.encode(tokens, network.condition(context.level.log() / 4, context.y), context.ids_keep)
     log_p = (method.heads(encoded) / 0.1).log_softmax(2)
     ce = -(context.targets * log_p).sum(2)
     torch.testing.assert_close(losses.parts["discriminative_cls"], ce[:, 0].mean())
@@ -232,7 +232,7 @@ def test_generative_loss_on_visible_tokens(ratio: float) -> None:
     visible.network.final.register_forward_hook(lambda _m, _i, output: outputs.append(output))
     (context,) = visible.begin_step([batch], 0)
     losses = visible(batch, context, 0)
-    target = edm.raw_target(batch.x0, batch.draws["noise"], context.sigma, 0.75)
+    target = edm.raw_target(batch.x0, batch.draws["noise"], context.level, 0.75)
     error = (outputs[0] - patchify(target, 2)).square().mean(2)
     kept = torch.stack([row[ids].mean() for row, ids in zip(error, context.ids_keep, strict=True)])
     torch.testing.assert_close(losses.parts["generative"], kept.mean().detach())
@@ -364,13 +364,15 @@ def test_workers_and_accumulation_change_nothing(tmp_path: Path) -> None:
 
 PARTS = (
     "draws", "initial", "head", "generative", "discriminative", "targets", "encoder_gradient", "prototype_gradient",
-    "teacher", "centres", "targets_next",
+    "teacher", "centres", "targets_next", "samples",
 )  # fmt: skip
 DISTILLED = {"discriminative", "encoder_gradient", "prototype_gradient"}
 TARGETS = DISTILLED | {"targets", "targets_next"}
 VIEW = TARGETS | {"centres"}
 HEAD = VIEW | {"head", "teacher"}
-# field: (base, alternative, parts of the step that change); the others must not. Step 5 of a trained network.
+DECODER = {"initial", "generative", "encoder_gradient", "samples"}
+# field, or field:alternative → (base, alternative, parts of the step that change); the others must not. Step 5 of a
+# trained network; 'samples' is what inference gives.
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "class_dropout": ({}, {"class_dropout": 0.9}, VIEW | {"generative"}),
     "mask_ratio": ({}, {"mask_ratio": 0.5}, TARGETS | {"generative"}),
@@ -380,15 +382,37 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "noise_coupling": ({"teacher_sigma": 0.5}, {"noise_coupling": "independent"}, VIEW | {"draws"}),
     "cls_init_std": ({}, {"cls_init_std": 0.5}, {"initial", "teacher", "targets_next"}),
     "masked_slots": ({}, {"masked_slots": "zeros"}, {"generative", "encoder_gradient"}),
+    "masked_slots:nothing": ({}, {"masked_slots": "nothing"}, {"generative", "encoder_gradient"}),
+    "cls_in_decoder": ({}, {"cls_in_decoder": "forwarded"}, DECODER - {"initial"}),
+    "cls_in_decoder:embedded": ({}, {"cls_in_decoder": "embedded"}, DECODER),
+    "cls_at_inference": ({}, {"cls_at_inference": False}, {"samples"}),
+    "decoder": ({"model.size": "B/2"}, {"decoder": "wide"}, DECODER),
+    "decoder:last_blocks": ({}, {"decoder": "last_blocks"}, DECODER | VIEW | {"teacher"}),
+    "last_blocks": (
+        {"decoder": "last_blocks", "last_blocks": 1, "model.size": "B/2"},
+        {"last_blocks": 2},
+        DECODER | VIEW | {"teacher"},
+    ),
     "generative_tokens": ({}, {"generative_tokens": "visible"}, {"generative", "encoder_gradient"}),
     "stop_gradient": ({}, {"stop_gradient": True}, {"encoder_gradient"}),
     "lambda_d": ({}, {"lambda_d": 0.2}, {"encoder_gradient", "prototype_gradient"}),
+    "lambda_d_end": (
+        {"lambda_d_end": 0.1, "lambda_d_horizon": 10},
+        {"lambda_d_end": 0.2},
+        {"encoder_gradient", "prototype_gradient"},
+    ),
+    "lambda_d_horizon": (
+        {"lambda_d_end": 0.2, "lambda_d_horizon": 10},
+        {"lambda_d_horizon": 20},
+        {"encoder_gradient", "prototype_gradient"},
+    ),
     "tau_student": ({}, {"tau_student": 0.2}, DISTILLED),
     "tau_teacher": ({}, {"tau_teacher": 0.1}, TARGETS),
     "tau_teacher_cls": ({}, {"tau_teacher_cls": 0.05}, TARGETS),
     "tau_teacher_start": ({}, {"tau_teacher_start": 0.05}, TARGETS),
     "tau_teacher_warmup_steps": ({}, {"tau_teacher_warmup_steps": 40}, TARGETS),
     "centring": ({}, {"centring": "sinkhorn"}, VIEW),
+    "centring:none": ({}, {"centring": "none"}, {"centres", "targets_next"}),  # the centre starts at 0
     "centre_momentum": ({}, {"centre_momentum": 0.5}, {"centres", "targets_next"}),
     "centre_per_position": ({}, {"centre_per_position": True}, {"centres", "targets_next"}),
     "sinkhorn_iterations": ({"centring": "sinkhorn"}, {"sinkhorn_iterations": 1}, TARGETS),
@@ -403,6 +427,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"teacher_momentum_horizon": 20},
         {"teacher", "targets_next"},
     ),
+    "share_ema": ({}, {"share_ema": True}, {"teacher", "targets_next"}),
     "num_prototypes": ({}, {"num_prototypes": 32}, HEAD),
     "head_layers": ({}, {"head_layers": 2}, HEAD),
     "head_hidden": ({}, {"head_hidden": 32}, HEAD),
@@ -448,13 +473,15 @@ def fingerprint(**changes: Any) -> dict[str, str]:
     method.end_step(5)
     values["teacher"] = {str(i): p for i, p in enumerate(method._teacher_parameters)}
     values["centres"] = {k: v for k, v in method.named_buffers() if "centre" in k}
+    noise, y = torch.linspace(-1, 0.5, 16), batch.y
+    values["samples"] = method.network(batch.x0, noise, y)
     values["targets_next"] = method.begin_step([batch], 5)[0].targets
     return parts | {k: digest(v) for k, v in values.items()}
 
 
 def test_the_table_has_every_field_that_counts() -> None:
     fields = {k for k, info in SDDiT.model_fields.items() if NotInDigest not in info.metadata} - {"name"}
-    assert FIELDS.keys() == fields
+    assert {key.partition(":")[0] for key in FIELDS} == fields
 
 
 @pytest.mark.parametrize("field", FIELDS)

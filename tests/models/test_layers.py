@@ -141,8 +141,6 @@ def test_initial_weights_follow_their_laws() -> None:
             bound = math.sqrt(6 / sum(value.shape))
             assert bound * 0.99 < value.abs().max().item() <= bound, name
             assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name
-    linear = initial(SDDiT((4, 8, 8), 1000, **TINY))["class_embed.table"]
-    assert linear.abs().max().item() == pytest.approx(math.sqrt(6 / 1032), rel=1e-2)
 
 
 def test_every_trainable_parameter_has_a_law() -> None:
