@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ METADATA: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of every figure."""
+    """The flags of every figure and table."""
 
     sweep: str
     """Name of the sweep, i.e. of its MLflow experiment."""
@@ -44,9 +44,9 @@ class Flags:
 # ---------------------------------------------------------------------------------------------------------- scripts
 
 
-def parse_flags(description: str | None, default_sweep: str) -> Flags:
-    """The command line; exits with status 2 on an unknown flag."""
-    return tyro.cli(Flags, default=Flags(sweep=default_sweep), description=description)
+def parse_flags(description: str | None, default_sweep: str, *, paper: bool = False) -> Flags:
+    """The command line; exits with status 2 on an unknown flag. `paper` is the default of --paper/--no-paper."""
+    return tyro.cli(Flags, default=Flags(sweep=default_sweep, paper=paper), description=description)
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -69,27 +69,40 @@ def output_name(name: str, sweep: str, default_sweep: str) -> str:
 def save(figure: Figure, frame: pd.DataFrame, name: str, out: Path) -> list[Path]:
     """Writes `out/name`.png, .pdf and, with the data that are drawn, .csv; prints and returns the paths.
 
+    Raises:
+        UsageError: `out` cannot be written to.
+    """
+
+    def drawn(kind: str) -> Callable[[Path], object]:
+        return lambda path: figure.savefig(path, format=kind, metadata=METADATA[kind])
+
+    with style.context():
+        return write(
+            {"png": drawn("png"), "pdf": drawn("pdf"), "csv": lambda path: frame.to_csv(path, index=False)}, name, out
+        )
+
+
+def write(writers: Mapping[str, Callable[[Path], object]], name: str, out: Path) -> list[Path]:
+    """Writes `out/name.KIND` with the writer of each kind; prints and returns the paths.
+
     Each file appears whole or not at all.
 
     Raises:
         UsageError: `out` cannot be written to.
     """
     out = Path(out)
-    paths = [out / f"{name}.{kind}" for kind in ("png", "pdf", "csv")]
+    paths = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            kind = path.suffix[1:]
+        for kind, writer in writers.items():
+            path = out / f"{name}.{kind}"
             partial = path.with_name(f".{path.name}.{os.getpid()}")
             try:
-                if kind == "csv":
-                    frame.to_csv(partial, index=False)
-                else:
-                    with style.context():
-                        figure.savefig(partial, format=kind, metadata=METADATA[kind])
+                writer(partial)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
+            paths.append(path)
     except OSError as error:
         raise UsageError(
             f"Cannot write to {out}: {error.strerror or error}. Name another folder with --out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import ArrayLike
 
+    from sddit.checkpoints.exporting import Form
+    from sddit.checkpoints.names import Project
     from sddit.data.manifest import Manifest
+    from sddit.methods.base import Method
+    from sddit.metrics.images import Images
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,14 @@ def train(
     from sddit import results
     from sddit.cell import CellSpec, run_cell
     from sddit.data import open_manifest
-    from sddit.metrics.features import check_extractor
+    from sddit.metrics.check import check_evaluation
     from sddit.tracking import SweepRecord, resolve_uri
     from sddit.training.store import CheckpointStore
 
     if experiment.resources.workers > 1:
         raise UsageError("sddit.train uses this process alone. Use a sweep with --workers for more.")
     manifest = open_manifest(experiment.data.path)
-    check_extractor(experiment.eval.extractor, manifest.shape)
+    check_evaluation(experiment, manifest)
     identity = experiment.identity(manifest.digest)
     root = str(storage) if "://" in str(storage) else str(Path(storage).absolute())
     folder = f"{root}/{name}/{identity}"
@@ -78,7 +82,7 @@ def train(
         raise
     finally:
         owner.release()
-    metrics = {k: v for k, v in result.items() if k.startswith("eval/")}
+    metrics = {k: v for k, v in result.items() if "/" in k}
     return TrainResult(result["checkpoint"], result["step"], metrics, run_id, identity)
 
 
@@ -92,44 +96,141 @@ def sample(checkpoint: str | Path, classes: Sequence[int] | np.ndarray, seed: in
         UsageError: a class does not exist.
     """
     import numpy as np
-    import torch
 
-    from sddit.methods import build_method
     from sddit.training import evaluation
 
-    experiment, shape, num_classes, tensors = _read(checkpoint)
-    method = build_method(experiment, shape, num_classes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method.network.load_state_dict(tensors)
-    method.to(device).eval()
+    method, device = _read_method(checkpoint)
     images = evaluation.sample(method, method.network, np.asarray(classes, dtype=np.int64), 0, seed, device)
     return evaluation.to_nhwc(images)
 
 
-def evaluate(images: ArrayLike, reference: str = "digits", extractor: str | None = None) -> dict[str, Any]:
-    """Scores uint8 images (N, H, W, C) against a reference set: a dictionary with 'fid' and its 'protocol'."""
-    from sddit.metrics.fidelity import evaluate_images
+def evaluate(
+    images: ArrayLike | str | Path,
+    reference: str = "digits",
+    extractor: str | None = None,
+    metrics: Sequence[str] = ("fid",),
+) -> dict[str, Any]:
+    """Scores images against a reference set.
 
-    return evaluate_images(images, reference, extractor)
+    Args:
+        images: uint8 (N, H, W, C); or the path of an .npz with arr_0, of a folder of images, or of a checkpoint, which
+            is sampled as its experiment says. What has a path is read batch by batch.
+        reference: a built-in data set, a prepared folder, a folder of images, an .npz with arr_0 or with the statistics
+            of the ADM suite, or what `build_reference` built.
+        extractor: the feature network; None is the one that belongs to the reference.
+        metrics: of 'fid', 'sfid', 'is', 'precision', 'recall', 'kid'.
 
-
-def read_images(source: str | Path) -> np.ndarray:
-    """Images to score, uint8 (N, H, W, C) or (N, C, H, W): an .npz with arr_0, a folder of images, or a checkpoint,
-    which is sampled as its experiment says.
+    Returns:
+        The scores by these names, 'protocol' and 'protocol_digest'.
 
     Raises:
-        CheckpointError, DataError: none of these, or broken.
+        UsageError: images, reference, extractor and metrics do not fit together; said before any work.
+        DataError, CheckpointError: something is missing or broken.
     """
     import numpy as np
+    import torch
 
-    from sddit.metrics.images import image_batches
-    from sddit.training.evaluation import labels_of
+    from sddit.metrics.fidelity import evaluate_images
+    from sddit.metrics.images import images_in, open_images
 
-    path = Path(source)
-    if path.suffix == ".npz" or (path.is_dir() and not (path / "manifest.json").exists()):
-        return np.concatenate(list(image_batches(path)))
-    experiment, _, num_classes, _ = _read(source)
-    return sample(source, labels_of(experiment, num_classes, 0, experiment.eval.samples), experiment.eval.seed)
+    known: dict[str, Any] = {}
+    if not isinstance(images, str | Path):
+        samples = images_in(np.asarray(images))
+    elif is_checkpoint(images):
+        samples, known = _samples_of(images)
+    else:
+        samples = open_images(Path(images))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return evaluate_images(samples, reference, extractor, metrics, device=device, known=known)
+
+
+def build_reference(source: str, extractor: str | None = None, metrics: Sequence[str] | None = None) -> dict[str, Any]:
+    """Builds what samples are scored against, once, and keeps it in the cache.
+
+    Args:
+        source, extractor: as for `evaluate`.
+        metrics: what it shall serve; None is all that the extractor gives.
+
+    Returns:
+        'path', 'bytes', 'digest', 'images', 'shape', …
+
+    Raises:
+        UsageError, DataError: it cannot be built.
+    """
+    import torch
+
+    from sddit.metrics import reference
+    from sddit.metrics.check import check_metrics
+    from sddit.metrics.features import check_extractor, get_extractor, layers_of
+    from sddit.metrics.protocol import METRICS
+
+    found = reference.open_reference(source)
+    name = extractor or found.default_extractor
+    layers = layers_of(name) or {"features"}
+    wanted = metrics or [metric for metric in reference.PARTS if METRICS[metric].layer in layers]
+    check_extractor(name, found.shape)
+    check_metrics(wanted, name, None, found.count)
+    found.check(name, wanted)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return reference.build_reference(found, get_extractor(name, device, wanted), wanted)
+
+
+def diagnose(checkpoint: str | Path, names: Sequence[str], test_path: str | None = None) -> dict[str, float]:
+    """The final diagnostics of a checkpoint, as `eval.final` records them: of 'probe', 'copying', 'denoising', 'seeds'.
+
+    Args:
+        test_path: a prepared data set of held-out images; None is what its experiment held out.
+
+    Raises:
+        CheckpointError: there is none, or it is corrupt.
+        UsageError: there are no held-out images, or the data are not of its kind.
+    """
+    from sddit.data import open_manifest
+    from sddit.data.sampler import BatchSampler
+    from sddit.data.shards import Shards
+    from sddit.metrics.check import FINAL, check_held_out, check_metrics, check_names
+    from sddit.metrics.features import get_extractor
+    from sddit.metrics.reference import of_manifest
+    from sddit.training import diagnostics, evaluation
+
+    check_names(names, FINAL, "diagnostic")
+    changes: dict[str, Any] = {"eval.final": tuple(names)} | ({"data.test_path": test_path} if test_path else {})
+    method, device = _read_method(checkpoint, changes)
+    experiment = method.experiment
+    options, manifest = experiment.eval, open_manifest(experiment.data.path)
+    if (manifest.shape, manifest.num_classes) != (method.shape, method.num_classes):
+        raise UsageError(
+            f"The data at {experiment.data.path} are {manifest.shape} (C, H, W) of {manifest.num_classes} classes, but "
+            f"{checkpoint} was trained on {method.shape} of {method.num_classes}. Put its own data there."
+        )
+    check_held_out(experiment, manifest)
+    sampler = BatchSampler(Shards(manifest), seed=experiment.seed, batch_size=1, hold_out=experiment.data.hold_out)
+    metrics = ("fid",) if "seeds" in names else ()
+    extractor, real, evaluated = None, None, evaluation.Evaluation({})
+    if {"copying", "seeds"} & set(names):
+        check_metrics(("fid",), options.extractor, options.samples, manifest.count)
+        extractor = get_extractor(options.extractor, device)
+        real = of_manifest(manifest).load(extractor, metrics)
+        evaluated = evaluation.evaluate(method, method.network, extractor, real, device, metrics, keep_features=True)
+    return diagnostics.diagnose(
+        names,
+        diagnostics.Setting(
+            method,
+            method.network,
+            extractor,
+            real,
+            sampler.training_images(),
+            diagnostics.held_out_images(experiment, sampler),
+            device,
+            evaluated,
+        ),
+    )
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is taken for a checkpoint's: it is neither an .npz, nor a folder without a manifest."""
+    local = Path(path)
+    return local.suffix != ".npz" and not (local.is_dir() and not (local / "manifest.json").exists())
 
 
 def build_network(experiment: Experiment) -> torch.nn.Module:
@@ -152,6 +253,92 @@ def load_network(checkpoint: str | Path) -> torch.nn.Module:
     network = build(experiment, shape, num_classes)
     network.load_state_dict(tensors)
     return network.eval()
+
+
+def _read_method(checkpoint: str | Path, changes: Mapping[str, Any] | None = None) -> tuple[Method, torch.device]:
+    """A checkpoint's method with the sampling weights in its network, in evaluation mode, and where it is.
+
+    `changes` are made to its experiment first.
+    """
+    import torch
+
+    from sddit.methods import build_method
+
+    experiment, shape, num_classes, tensors = _read(checkpoint)
+    method = build_method(experiment.replace(changes or {}), shape, num_classes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method.network.load_state_dict(tensors)
+    return method.to(device).eval(), device
+
+
+def _samples_of(checkpoint: str | Path) -> tuple[Images, dict[str, Any]]:
+    """The samples of a checkpoint as its experiment's own evaluations make them, and what the protocol says of them."""
+    from sddit.metrics.images import Images
+    from sddit.metrics.protocol import Protocol
+    from sddit.training import evaluation
+
+    method, device = _read_method(checkpoint)
+    experiment, options = method.experiment, method.experiment.eval
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        for lo in range(0, options.samples, options.batch_size):  # as in training, whatever was asked
+            labels = evaluation.labels_of(
+                experiment, method.num_classes, lo, min(lo + options.batch_size, options.samples)
+            )
+            yield evaluation.sample(method, method.network, labels, lo, options.seed, device).cpu().numpy()
+
+    protocol = Protocol.from_experiment(experiment, "", "")
+    known = {name: getattr(protocol, name) for name in ("seed", "labels", "decoder", "rounding", "guided")}
+    known["weights"] = "ema"  # what a checkpoint holds for sampling
+    return Images(str(checkpoint), options.samples, method.shape, batches), known
+
+
+def import_weights(
+    file: str | Path,
+    source: Project,
+    out: str | Path,
+    *,
+    decoder_layers: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """Writes another project's weights as the new checkpoint folder `out`; returns the experiment they imply.
+
+    Args:
+        file: a .pt or .safetensors file; of 'diffusers' a pipeline's folder or its transformer's; of 'sddit' what
+            `export_weights` wrote.
+        source: 'dit', 'maskdit', 'mdt' (either version), 'diffusers' or 'sddit'.
+        decoder_layers: of MDT version 1, which does not tell; None is 2, as published.
+        settings: fields of the section `eval` by their dotted names, e.g. ``{"eval.guidance": 1.5}``.
+
+    Raises:
+        UsageError: `out` exists, or the arguments contradict the weights.
+        CheckpointError: the weights are damaged, or not exactly those of a network known here.
+    """
+    from sddit.checkpoints.importing import import_checkpoint
+
+    found = import_checkpoint(Path(file), source, Path(out), decoder_layers=decoder_layers, settings=settings)
+    return found.experiment
+
+
+def export_weights(
+    checkpoint: str | Path, out: str | Path, *, form: Form | None = None, vae: str | None = None
+) -> Form:
+    """Writes the sampling weights of a checkpoint to the new folder `out`; returns the form.
+
+    Args:
+        form: 'diffusers', a folder for ``DiTPipeline.from_pretrained``; 'safetensors', with a config.json, which
+            `import_weights` reads; None is 'diffusers' for a DiT on latents as published, else 'safetensors'.
+        vae: a folder or a name on Hugging Face's hub, of the AutoencoderKL to put into the pipeline.
+
+    Raises:
+        UsageError: `out` exists, diffusers has no such network, or the VAE has other latents.
+        CheckpointError: there is no checkpoint, or it is corrupt.
+    """
+    from sddit.checkpoints.exporting import export_network
+    from sddit.checkpoints.implied import Implied
+
+    experiment, shape, num_classes, tensors = _read(checkpoint)
+    return export_network(tensors, Implied(experiment, shape, num_classes), Path(out), form=form, vae=vae)
 
 
 def _shape(experiment: Experiment) -> tuple[tuple[int, int, int], int]:

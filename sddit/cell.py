@@ -49,10 +49,11 @@ def run_cell(
     from sddit.data.sampler import BatchSampler
     from sddit.data.shards import Shards
     from sddit.methods import build_method
-    from sddit.metrics import features, fidelity
+    from sddit.metrics import features
     from sddit.metrics.protocol import Protocol
+    from sddit.metrics.reference import of_manifest
     from sddit.tracking import CellRecord, NullRecord
-    from sddit.training import distributed, loop
+    from sddit.training import diagnostics, distributed, loop
     from sddit.training.store import CheckpointStore
 
     experiment = Experiment.parse(spec.experiment)
@@ -64,7 +65,8 @@ def run_cell(
                 f"The data at {experiment.data.path} are not those the cell was planned with "
                 f"(identity {experiment.identity(manifest.digest)}, planned {spec.identity})."
             )
-        extractor = features.get_extractor(experiment.eval.extractor, where)
+        metrics = diagnostics.metrics_of(experiment)
+        extractor = features.get_extractor(experiment.eval.extractor, where, metrics)
         record: CellRecord | NullRecord
         if distributed.rank() == 0:
             record = CellRecord(
@@ -79,21 +81,24 @@ def run_cell(
             record = NullRecord(report)
         store = CheckpointStore(spec.storage, fence=record.fence)
         method = build_method(experiment, manifest.shape, manifest.num_classes)
+        sampler = BatchSampler(
+            Shards(manifest),
+            seed=experiment.seed,
+            batch_size=experiment.train.batch_size,
+            flip=experiment.data.flip,
+            hold_out=experiment.data.hold_out,
+        )
         try:
             result = loop.train(
                 experiment,
                 method,
-                BatchSampler(
-                    Shards(manifest),
-                    seed=experiment.seed,
-                    batch_size=experiment.train.batch_size,
-                    flip=experiment.data.flip,
-                ),
+                sampler,
                 store=store,
                 reporter=record,
                 extractor=extractor,
-                reference=lambda: fidelity.reference_moments(manifest, extractor),
+                reference=lambda: of_manifest(manifest).load(extractor, metrics),
                 device=where,
+                held_out=diagnostics.held_out_images(experiment, sampler),
                 should_stop=should_stop,
             )
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -92,24 +92,113 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score images against a reference set: FID, with the protocol it was made by."""
+    """Score images against a reference set, with the protocol it was done by. Prints JSON."""
 
     samples: tyro.conf.Positional[str]
     """An .npz with arr_0 (uint8 N, H, W, C), a folder of images, or a checkpoint, sampled as its experiment says."""
     reference: str = "digits"
-    """A data set: a built-in name or a prepared folder."""
+    """A data set (a built-in name or a prepared folder), a folder of images, an .npz with arr_0 or with the statistics
+    of the ADM suite, or what `sddit reference` built."""
     extractor: str | None = None
     """Feature network; default: the one that belongs to the reference."""
+    metrics: str | None = None
+    """Of fid,sfid,is,precision,recall,kid; default: fid, or nothing with --final."""
+    final: str | None = None
+    """Of probe,copying,denoising,seeds: the diagnostics of a checkpoint, on the data it was trained on."""
+    test_path: str | None = None
+    """Held-out images for --final, a prepared folder; default: what the checkpoint's experiment held out."""
 
     def run(self) -> None:
         from sddit import api
 
-        print(json.dumps(api.evaluate(api.read_images(self.samples), self.reference, self.extractor), indent=1))
+        if self.final and not api.is_checkpoint(self.samples):
+            raise UsageError(f"--final needs a checkpoint, but {self.samples} holds images. Leave --final out.")
+        found: dict[str, Any] = {}
+        if self.metrics or not self.final:
+            found = api.evaluate(self.samples, self.reference, self.extractor, _names(self.metrics or "fid"))
+        if self.final:
+            found["final"] = api.diagnose(self.samples, _names(self.final), self.test_path)
+        print(json.dumps(found, indent=1))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Build what samples are scored against, once, and keep it in the cache. Prints JSON: digest, images, path, …"""
+
+    source: tyro.conf.Positional[str]
+    """A data set (a built-in name or a prepared folder), a folder of images, or an .npz with arr_0."""
+    extractor: str | None = None
+    """Feature network; default: the one that belongs to the data."""
+    metrics: str | None = None
+    """What it shall serve, of fid,sfid,precision,recall,kid; default: all that the extractor gives."""
+
+    def run(self) -> None:
+        from sddit import api
+
+        metrics = _names(self.metrics) if self.metrics else None
+        print(json.dumps(api.build_reference(self.source, self.extractor, metrics), indent=1))
+
+
+def _names(text: str) -> list[str]:
+    """The words of a comma-separated list."""
+    return [name.strip() for name in text.split(",")]
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a checkpoint of another project's weights. What does not fit exactly is refused by name."""
+
+    file: tyro.conf.Positional[Path]
+    """A .pt or .safetensors file; of diffusers a pipeline or transformer folder; of sddit what `export` wrote."""
+    source: Annotated[Literal["dit", "maskdit", "mdt", "diffusers", "sddit"], tyro.conf.arg(name="from")]
+    """Whose weights they are; both versions of MDT are told apart."""
+    out: Path
+    """The checkpoint folder to make, e.g. runs/imported/dit-xl-2."""
+    decoder_layers: int | None = None
+    """Of MDT version 1, which alone does not tell it; default: 2, as published."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """eval.field=value, repeatable: how it is to be sampled, e.g. eval.guidance=1.5"""
+
+    def run(self) -> None:
+        from sddit import api
+        from sddit.training.store import read_checkpoint
+
+        settings = dict(parse_assignment(text) for text in self.set)
+        experiment = api.import_weights(
+            self.file, self.source, self.out, decoder_layers=self.decoder_layers, settings=settings
+        )
+        values = read_checkpoint(self.out).values
+        size = f"{experiment.method.name} {experiment.model.size}, {values['num_classes']} classes"
+        print(f"{size}, {'×'.join(map(str, values['shape']))}\n{self.out}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint's sampling weights in a form that others read."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder or URI, e.g. runs/train/<identity>/step-00000600."""
+    out: Path
+    """The folder to make."""
+    format: Literal["diffusers", "safetensors"] | None = None
+    """Default: diffusers for a DiT on latents of four channels, else safetensors with a config.json."""
+    vae: str | None = None
+    """The pipeline's VAE: the folder of an AutoencoderKL, or its name on Hugging Face's hub."""
+
+    def run(self) -> None:
+        from sddit import api
+
+        form = api.export_weights(self.checkpoint, self.out, form=self.format, vae=self.vae)
+        print(f"{self.out} ({form})")
+        if form == "diffusers":
+            vae = "" if self.vae else " It has no VAE: pass vae=AutoencoderKL.from_pretrained(...), or use --vae."
+            print(f"Load it with diffusers.DiTPipeline.from_pretrained; its README.md says what to set first.{vae}")
 
 
 def main() -> None:
     """The command's entry point; exits."""
-    commands: dict[str, Any] = {"train": Train, "sample": Sample, "evaluate": Evaluate}
+    commands: dict[str, Any] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "reference": Reference}
+    commands |= {"import": Import, "export": Export}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
     def run() -> None:

@@ -29,8 +29,10 @@ def normal(seed: int, stream: str, step: int, lo: int, hi: int, shape: tuple[int
     return ndtri(uniform(seed, stream, step, lo, hi, shape)).astype(np.float32)
 
 
-def permuted(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
+def permuted(seed: int | str, positions: np.ndarray, n: int) -> np.ndarray:
     """The data index at each position q of the endless stream: permutation(seed, q // n)[q mod n], O(1) memory.
+
+    A word for `seed` gives an order that no experiment's own seed gives.
 
     A four-round Feistel network on the next even power of two, walked until it lands below n (at most four times
     as often as needed on average): a bijection of 0 … n-1 for every epoch.

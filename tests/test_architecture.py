@@ -25,9 +25,11 @@ ALLOWED = {
     "training": EVERYWHERE | {"methods", "models", "diffusion", "data", "metrics"},
     "tracking": EVERYWHERE,
     "results": EVERYWHERE,
+    "checkpoints": EVERYWHERE | {"models", "training"},
     "cell": EVERYWHERE | {"training", "methods", "data", "metrics", "tracking"},
     "orchestration": EVERYWHERE | {"environment", "cell", "training", "data", "metrics", "tracking", "results"},
-    "api": EVERYWHERE | {"cell", "training", "methods", "models", "data", "metrics", "tracking", "results"},
+    "api": EVERYWHERE
+    | {"cell", "training", "checkpoints", "methods", "models", "data", "metrics", "tracking", "results"},
     "cli": EVERYWHERE | {"environment", "api", "training"},
     "__init__": EVERYWHERE | {"api", "results"},
     "__main__": {"cli"},

@@ -6,6 +6,28 @@ import numpy as np
 
 from sddit import seeding
 from sddit.data.shards import Shards
+from sddit.errors import UsageError
+
+
+class ImageSet:
+    """A fixed list of images: those at `indices` int64 (n,) of a data set, by default all."""
+
+    def __init__(self, shards: Shards, indices: np.ndarray | None = None) -> None:
+        self.shards = shards
+        self.indices = np.arange(len(shards)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images lo … hi-1 and their labels: uint8 (hi - lo, C, H, W), int64 (hi - lo,)."""
+        return self.shards.read(self.indices[lo:hi])
+
+    def sample(self, count: int) -> ImageSet:
+        """`count` of them by a fixed permutation, or all where there are fewer: data may be sorted by class."""
+        if count >= len(self):
+            return self
+        return ImageSet(self.shards, self.indices[np.sort(seeding.permuted("sample", np.arange(count), len(self)))])
 
 
 class BatchSampler:
@@ -16,14 +38,34 @@ class BatchSampler:
     larger than the data.
     """
 
-    def __init__(self, shards: Shards, *, seed: int, batch_size: int, flip: bool = False) -> None:
-        """`batch_size` is the global one; `flip` mirrors each image left to right with probability 1/2."""
+    def __init__(
+        self, shards: Shards, *, seed: int, batch_size: int, flip: bool = False, hold_out: float = 0.0
+    ) -> None:
+        """`batch_size` is the global one; `flip` mirrors each image left to right with probability 1/2; the fraction
+        `hold_out` of the images is in no batch, the same ones whatever the seed. Raises as `num_trained_on`.
+        """
         self.shards, self.seed, self.batch_size, self.flip = shards, seed, batch_size, flip
+        self.count = num_trained_on(len(shards), hold_out)
 
     def indices(self, step: int, lo: int, hi: int) -> np.ndarray:
         """Which images are at positions lo … hi-1 of the batch at `step`: int64 (hi - lo,)."""
         assert 0 <= lo <= hi <= self.batch_size, (lo, hi, self.batch_size)
-        return seeding.permuted(self.seed, step * self.batch_size + np.arange(lo, hi), len(self.shards))
+        return self._among_all(seeding.permuted(self.seed, step * self.batch_size + np.arange(lo, hi), self.count))
+
+    def training_images(self) -> ImageSet:
+        """The images that are trained on."""
+        return ImageSet(self.shards, self._among_all(np.arange(self.count)))
+
+    def held_out_images(self) -> ImageSet:
+        """Those that are not."""
+        return ImageSet(self.shards, self._among_all(np.arange(self.count, len(self.shards))))
+
+    def _among_all(self, positions: np.ndarray) -> np.ndarray:
+        """Positions in a fixed order of the data, training images first, to indices; the same where all are trained
+        on."""
+        if self.count == len(self.shards):
+            return positions
+        return seeding.permuted("hold_out", positions, len(self.shards))
 
     def batch(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions lo … hi-1 of the batch at `step`: x0 float32 (hi - lo, C, H, W) in [-1, 1], y int64 (hi - lo,)."""
@@ -31,4 +73,24 @@ class BatchSampler:
         if self.flip:
             mirrored = seeding.uniform(self.seed, "flip", step, lo, hi) < 0.5
             images[mirrored] = images[mirrored][..., ::-1]
-        return images.astype(np.float32) / np.float32(127.5) - 1, y
+        return as_network_sees(images), y
+
+
+def num_trained_on(count: int, hold_out: float) -> int:
+    """How many of `count` images are left where a fraction `hold_out` is set aside.
+
+    Raises:
+        UsageError: the fraction sets aside no image, or all.
+    """
+    held_out = round(count * hold_out)
+    if hold_out and not 0 < held_out < count:
+        raise UsageError(
+            f"data.hold_out {hold_out:g} of {count} images sets aside {held_out}, but must leave at least one on each "
+            "side. Choose another fraction, or 0."
+        )
+    return count - held_out
+
+
+def as_network_sees(images: np.ndarray) -> np.ndarray:
+    """uint8 images as x0: float32 in [-1, 1]."""
+    return images.astype(np.float32) / np.float32(127.5) - 1

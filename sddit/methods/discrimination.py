@@ -21,7 +21,8 @@ from sddit.models.layers import Linear, layer_norm
 class ProjectionHead(nn.Module):
     """Encoder tokens (..., D) → logits (..., K): LN, an MLP with GELU, then cosines with learnt prototypes.
 
-    iBOT's head. Its gain of the weight normalisation is fixed at 1, so there is no tensor for it here.
+    iBOT's head. Its gain of the weight normalisation is fixed at 1, so there is no tensor for it here. Under autocast
+    the MLP computes as the encoder does whose tokens it sees; cosines and all that follows are float32.
     """
 
     def __init__(self, method: SDDiT, width: int) -> None:
@@ -35,11 +36,11 @@ class ProjectionHead(nn.Module):
         self.prototypes = Linear(sizes[-1], method.num_prototypes, bias=False, law=uniform)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        x = layer_norm(tokens.float())
+        for i, layer in enumerate(self.mlp):
+            x = layer(F.gelu(x) if i else x)
         with torch.autocast(tokens.device.type, enabled=False):
-            x = layer_norm(tokens.float())
-            for i, layer in enumerate(self.mlp):
-                x = layer(F.gelu(x) if i else x)
-            return F.linear(F.normalize(x, dim=-1), F.normalize(self.prototypes.weight, dim=-1))
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.prototypes.weight, dim=-1))
 
 
 class Heads(nn.ModuleDict):

@@ -131,7 +131,7 @@ class SDDiTMethod(Method):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             tokens, c = self.teacher.embed(x), self.teacher.condition(self.process.condition(level), y)
             encoded = self.teacher.encode(tokens, c, context.ids_keep if options.teacher_tokens == "visible" else None)
-        return self.teacher_heads(encoded)
+            return self.teacher_heads(encoded)
 
     def _teacher_level(self, batch: Batch, context: Context) -> Tensor:
         if self.options.teacher_sigma == "student":

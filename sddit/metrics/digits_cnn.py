@@ -24,7 +24,7 @@ from sddit import seeding
 from sddit.data import open_manifest
 from sddit.data.shards import Shards
 from sddit.errors import UsageError
-from sddit.metrics.features import file_digest
+from sddit.metrics.features import SPATIAL_CHANNELS, file_digest
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 CARD = Path(__file__).with_suffix(".json")  # how the weights were trained, and what they reach
@@ -49,25 +49,29 @@ class DigitsCNN(FeatureExtractorBase):
         self.requires_grad_(False)
         self.eval()
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features (b, 64) of images (b, 1, 8, 8) in [-1, 1]. SiLU: with ReLU more than half of them die at 0."""
-        x = F.silu(self.conv1(x))  # (b, 16, 8, 8)
-        x = F.max_pool2d(F.silu(self.conv2(x)), 2)  # (b, 32, 4, 4)
-        return F.silu(self.hidden(x.flatten(1)))
+    def maps(self, x: Tensor) -> Tensor:
+        """What the convolutions give (b, 32, 4, 4) of images (b, 1, 8, 8) in [-1, 1]."""
+        return F.max_pool2d(F.silu(self.conv2(F.silu(self.conv1(x)))), 2)
+
+    def features(self, maps: Tensor) -> Tensor:
+        """Features (b, 64). SiLU: with ReLU more than half of them die at 0."""
+        return F.silu(self.hidden(maps.flatten(1)))
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits (b, 10) of uint8 images (b, 1, 8, 8)."""
-        return self.logits(self.features(_normalise(images)))
+        return self.logits(self.features(self.maps(_normalise(images))))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """What `features_list` asks for, of uint8 images (b, 1, 8, 8)."""
-        hidden = self.features(_normalise(images))
-        values = {"64": hidden, "logits": self.logits(hidden)}
+        maps = self.maps(_normalise(images))
+        hidden = self.features(maps)
+        spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # 4 · 4 · 7 = 112, in Inception's order
+        values = {"64": hidden, "logits": self.logits(hidden), "spatial": spatial}
         return tuple(values[name] for name in self.features_list)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        return "64", "logits"
+        return "64", "logits", "spatial"
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:

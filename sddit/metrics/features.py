@@ -8,6 +8,10 @@ imported where it is needed only, so that the driver can call `check_extractor` 
 | `digits-cnn` | `sddit.metrics.digits_cnn`, for 8×8 grey images |
 | `inception-v3-compat`, `vgg16`, `clip-…`, `dinov2-…` | torch-fidelity's |
 | `module:Class` | any class with the interface of `torch_fidelity.FeatureExtractorBase` |
+
+Metrics see three layers of a network: 'features' (what torch-fidelity takes for FID, and here also for KID, precision
+and recall), 'logits' of a classifier and a 'spatial' layer. The last two are features of these names
+('logits_unbiased' first) in a network's list; of the networks above Inception and digits-cnn have them.
 """
 
 from __future__ import annotations
@@ -18,13 +22,14 @@ import importlib
 import importlib.util
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sddit.data import cache_dir
 from sddit.errors import UsageError, did_you_mean
+from sddit.metrics.protocol import METRICS
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +77,9 @@ TORCH_FIDELITY: dict[str, Weights] = {
     "dinov2-vit-g-14": _dinov2("dinov2_vitg14"),
 }
 DIGITS_CNN = "digits-cnn"
+INCEPTION = "inception-v3-compat"
+CLASSIFIERS = (INCEPTION, DIGITS_CNN)  # those of the table that have all three layers
+SPATIAL_CHANNELS = 7  # as many as ADM's sFID takes
 DINOV2_CODE = "https://github.com/facebookresearch/dinov2"
 
 
@@ -97,24 +105,36 @@ def check_extractor(name: str, shape: tuple[int, int, int] | None = None) -> Non
         raise UsageError(f"Unknown extractor {name!r}. {did_you_mean(name, known)} Or give your own as module:Class.")
 
 
-def get_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor of that name, on `device`. Raises as `check_extractor`, and if its weights do not fit."""
+def layers_of(name: str) -> set[str] | None:
+    """Which layers the extractor of that name has, without torch; None where only its class can tell."""
+    if name in CLASSIFIERS:
+        return {"features", "spatial", "logits"}
+    return None if ":" in name else {"features"}
+
+
+def get_extractor(name: str, device: str | torch.device = "cpu", metrics: Sequence[str] = ("fid",)) -> Extractor:
+    """The extractor of that name with the layers that `metrics` see, on `device`.
+
+    Raises:
+        UsageError: as `check_extractor`; its weights do not fit; or it has no layer that a metric sees.
+    """
     check_extractor(name)
     import torch
 
+    layers = ["features", *sorted({METRICS[metric].layer for metric in metrics} - {"features"})]
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn before they are overwritten
         if name in TORCH_FIDELITY:
-            module = _torch_fidelity_module(name)
+            module = _torch_fidelity_module(name, layers)
             digest = _digest_of(name, TORCH_FIDELITY[name].path)
         elif name == DIGITS_CNN:
             from sddit.metrics import digits_cnn
 
-            module = _instantiate(digits_cnn.DigitsCNN, name)
+            module = _instantiate(digits_cnn.DigitsCNN, name, layers)
             digest = extractor_digest(name)
         else:
-            module = _instantiate(_import_class(name), name)
+            module = _instantiate(_import_class(name), name, layers)
             digest = _digest_of_module(name, module)
-        return Extractor(name, module, digest, torch.device(device))
+        return Extractor(name, module, digest, torch.device(device), layers)
 
 
 def extractor_digest(name: str) -> str:
@@ -132,23 +152,41 @@ class Extractor:
 
     Attributes:
         name, digest: what the protocol says of it.
-        dim: width of the features.
+        dims: width of each layer it was made with: 'features', and where asked 'spatial' and 'logits'.
     """
 
-    def __init__(self, name: str, module: torch.nn.Module, digest: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        digest: str,
+        device: torch.device,
+        layers: Sequence[str] = ("features",),
+    ) -> None:
         import torch
 
-        self.name, self.digest, self.device = name, digest, device
+        self.name, self.digest, self.device, self._layers = name, digest, device, tuple(layers)
         self.module = module.eval().requires_grad_(False).to(device)
         try:
             dummy = module.get_dummy_input_for_compile()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             dummy = torch.zeros((1, 3, 64, 64), dtype=torch.uint8)
         self.channels = dummy.shape[1]
-        self.dim = self(dummy).shape[1]
+        self.dims = {layer: values.shape[1] for layer, values in self.layers(dummy).items()}
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.dims["features"]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Grey images are repeated where the network wants three channels.
+        """The features alone."""
+        return self.layers(images)["features"]
+
+    def layers(self, images: Tensor) -> dict[str, Tensor]:
+        """All layers it was made with, float32 (b, width) each, in one pass.
+
+        Grey images are repeated where the network wants three channels.
 
         Raises:
             UsageError: the images have channels that the network does not want.
@@ -164,7 +202,7 @@ class Extractor:
                 "Set eval.extractor to another."
             )
         with torch.no_grad():
-            return self.module(images)[0].float()
+            return {k: v.float() for k, v in zip(self._layers, self.module(images), strict=False)}
 
 
 def file_digest(path: Path) -> str:
@@ -191,17 +229,48 @@ def _check_files(name: str) -> None:
         )
 
 
-def _torch_fidelity_module(name: str) -> torch.nn.Module:
+def _torch_fidelity_module(name: str, layers: Sequence[str]) -> torch.nn.Module:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     cls, weights = FEATURE_EXTRACTORS_REGISTRY[name], TORCH_FIDELITY[name]
+    if name == INCEPTION and "spatial" in layers:
+        cls = _spatial_inception()
     try:
         if name.startswith("dinov2"):
-            return _dinov2_module(name)
+            return _dinov2_module(name, layers)
         source = _pinned_archive(weights) if weights.sha256 else _plain_weights(weights.path)
-        return _instantiate(cls, name, feature_extractor_weights_path=source)
+        return _instantiate(cls, name, layers, feature_extractor_weights_path=source)
     except (RuntimeError, KeyError) as error:
         raise UsageError(f"{weights.path} does not hold the weights of {name}: {error}") from error
+
+
+def _spatial_inception() -> Any:
+    """torch-fidelity's Inception with one more feature, 'spatial': what ADM's sFID sees (methods.md §11.1).
+
+    It is the 1×1 branch of Mixed_6d after its ReLU, its first 7 channels, flattened as in TensorFlow (H, W, C) so that
+    it fits `mu_s` and `sigma_s` of published references: (b, 17 · 17 · 7 = 2023).
+    """
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    class SpatialInception(FeatureExtractorInceptionV3):
+        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
+            super().__init__(name, [f for f in features_list if f != "spatial"], **options)
+            self.asked = features_list
+            self.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+        def _keep(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+            self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(self.features_list, super().forward(x), strict=True))
+            values["spatial"] = self.spatial
+            return tuple(values[name] for name in self.asked)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (*FeatureExtractorInceptionV3.get_provided_features_list(), "spatial")
+
+    return SpatialInception
 
 
 def _plain_weights(path: Path) -> io.BytesIO:
@@ -241,7 +310,7 @@ def _dinov2_code() -> Path:
     return cache_dir() / "weights" / "dinov2"
 
 
-def _dinov2_module(name: str) -> torch.nn.Module:
+def _dinov2_module(name: str, layers: Sequence[str]) -> torch.nn.Module:
     """torch-fidelity can have DINOv2 fetched by torch.hub only; here from a clone that the user put into the cache."""
     import torch
     from torch_fidelity import FeatureExtractorBase, FeatureExtractorDinoV2
@@ -254,7 +323,7 @@ def _dinov2_module(name: str) -> torch.nn.Module:
             self.model = torch.hub.load(str(_dinov2_code()), MODEL_METADATA[name], source="local", pretrained=False)
             self.model.load_state_dict(_load_weights(TORCH_FIDELITY[name].path))
 
-    return _instantiate(LocalDinoV2, name)
+    return _instantiate(LocalDinoV2, name, layers)
 
 
 # ----------------------------------------------------------------------------------------------------- the user's own
@@ -308,8 +377,38 @@ def _import_class(name: str) -> Any:
     return cls
 
 
-def _instantiate(cls: Any, name: str, **options: Any) -> torch.nn.Module:
-    return cls(name, [cls.get_default_feature_layer_for_metric("fid")], **options)
+def _instantiate(cls: Any, name: str, layers: Sequence[str], **options: Any) -> torch.nn.Module:
+    """The network with its own names of `layers`."""
+    names = {
+        "features": (cls.get_default_feature_layer_for_metric("fid"),),
+        "logits": ("logits_unbiased", "logits"),  # ADM's Inception score leaves the bias out
+        "spatial": ("spatial",),
+    }
+    found = {layer: [f for f in names[layer] if f in cls.get_provided_features_list()] for layer in layers}
+    if lacking := [layer for layer, features in found.items() if not features]:
+        raise UsageError(_no_layer(name, lacking[0]))
+    return cls(name, [features[0] for features in found.values()], **options)
+
+
+def check_layers(name: str, metrics: Sequence[str]) -> None:
+    """Whether the extractor of that name has what `metrics` see, as far as can be known without torch.
+
+    Raises:
+        UsageError: it has not.
+    """
+    known = layers_of(name)
+    for metric in metrics:
+        if known is not None and METRICS[metric].layer not in known:
+            raise UsageError(_no_layer(name, METRICS[metric].layer))
+
+
+def _no_layer(name: str, layer: str) -> str:
+    metrics = [metric for metric, needs in METRICS.items() if needs.layer == layer]
+    return (
+        f"{' and '.join(METRICS[m].label for m in metrics)} cannot be computed with {name}, which has no {layer!r} "
+        f"layer. Leave {' and '.join(metrics)} out of the metrics, or use {' or '.join(CLASSIFIERS)} (or a class of "
+        f"your own with a feature named {layer!r})."
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- digests

@@ -1,27 +1,17 @@
-"""From images to scores: reference moments, kept in the cache, and the Fréchet distance to them."""
+"""From images to scores: what is remembered of a stream of samples, and the metrics it is scored by."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
-import os
-import uuid
-import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sddit.data import DATASETS, Manifest, cache_dir, open_manifest
-from sddit.data.manifest import MANIFEST
-from sddit.data.shards import Shards
-from sddit.errors import DataError, UsageError
-from sddit.metrics.images import channels_first, image_batches, npz_statistics
+from sddit.metrics.check import check_metrics
+from sddit.metrics.images import Images, images_in
 from sddit.metrics.protocol import Protocol
-from sddit.metrics.statistics import Moments, frechet_distance
+from sddit.metrics.reference import BATCH, PARTS, Gaussian, Reference, as_tensor, open_reference
+from sddit.metrics.statistics import Moments, SplitSums, frechet_distance, kernel_distance, precision_and_recall
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -29,154 +19,151 @@ if TYPE_CHECKING:
 
     from sddit.metrics.features import Extractor
 
-log = logging.getLogger(__name__)
-BATCH = 256  # images at once
-INCEPTION = "inception-v3-compat"
-DEFAULT_EXTRACTORS = {"digits": "digits-cnn"}  # by the data set's name; INCEPTION for all others
-Batches = Iterable[np.ndarray]  # of uint8 (b, C, H, W)
+
+class Tally:
+    """All that `metrics` need to know of a stream of samples; those of several workers merge.
+
+    Memory does not grow with the number of samples n, but where precision, recall or KID is asked for (or
+    `keep_features`): then the features are kept, 4 d bytes a sample (8 KB for Inception, 410 MB for 50,000).
+    """
+
+    def __init__(self, extractor: Extractor, metrics: Sequence[str], *, keep_features: bool = False) -> None:
+        self.extractor, self.metrics = extractor, tuple(metrics)
+        parts = {PARTS.get(metric, "splits") for metric in metrics}
+        dims = extractor.dims
+        self.moments = Moments(extractor.dim) if "moments" in parts else None
+        self.spatial = Moments(dims["spatial"]) if "spatial" in parts else None
+        self.splits = SplitSums(dims["logits"]) if "splits" in parts else None
+        self.features: list[np.ndarray] | None = [] if keep_features or "subset" in parts else None
+
+    def update(self, images: Tensor, first: int) -> None:
+        """Adds samples first … first + b - 1, uint8 (b, C, H, W).
+
+        Raises:
+            UsageError: their features are not finite.
+        """
+        layers = self.extractor.layers(images)
+        if self.moments is not None:
+            self.moments.update(layers["features"])
+        if self.spatial is not None:
+            self.spatial.update(layers["spatial"])
+        if self.splits is not None:
+            self.splits.update(layers["logits"], first)
+        if self.features is not None:
+            self.features.append(layers["features"].cpu().numpy())
+
+    def kept(self) -> np.ndarray:
+        """The features seen so far, float32 (n, d), in order."""
+        assert self.features is not None
+        return np.concatenate([np.empty((0, self.extractor.dim), dtype=np.float32), *self.features])
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it, to be gathered."""
+        arrays = {}
+        for name, part in (("moments", self.moments), ("spatial", self.spatial), ("splits", self.splits)):
+            if part is not None:
+                arrays[name] = part.to_array()
+        if self.features is not None:
+            arrays["features"] = self.kept()
+        return arrays
+
+    def merge(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds what another has seen, of samples that come after those seen here."""
+        if self.moments is not None:
+            self.moments.merge(Moments.from_array(arrays["moments"]))
+        if self.spatial is not None:
+            self.spatial.merge(Moments.from_array(arrays["spatial"]))
+        if self.splits is not None:
+            self.splits.merge(SplitSums.from_array(arrays["splits"]))
+        if self.features is not None:
+            self.features.append(arrays["features"])
 
 
-def reference_moments(manifest: Manifest, extractor: Extractor) -> Moments:
-    """Moments of all images of a data set, from the cache where they were computed before."""
-    return _cached_moments(manifest.digest, extractor, lambda: _shard_batches(manifest))
-
-
-def score(moments: Moments, reference: Moments) -> dict[str, float]:
-    """FID of samples against a reference, by its name in MLflow.
+def score(tally: Tally, reference: Reference) -> dict[str, float]:
+    """The metrics that `tally` was made for, by their names in `eval.metrics`.
 
     Raises:
-        UsageError: fewer than two samples.
+        UsageError: fewer samples than a metric needs.
     """
-    distance = frechet_distance(moments.mean, moments.covariance(), reference.mean, reference.covariance())
-    return {"eval/fid": distance}
+    scores: dict[str, float] = {}
+    for metric in tally.metrics:
+        if metric == "fid":
+            scores[metric] = _distance(tally.moments, reference.moments)
+        elif metric == "sfid":
+            scores[metric] = _distance(tally.spatial, reference.spatial)
+        elif metric == "is":
+            assert tally.splits is not None
+            scores[metric] = tally.splits.score()
+    if compared := [metric for metric in tally.metrics if PARTS.get(metric) == "subset"]:
+        import torch
+
+        assert reference.subset is not None
+        device = tally.extractor.device
+        samples, real = (torch.from_numpy(f).to(device) for f in (tally.kept(), reference.subset))
+        if "kid" in compared:
+            scores["kid"] = kernel_distance(samples, real)
+        if set(compared) - {"kid"}:
+            both = dict(zip(("precision", "recall"), precision_and_recall(samples, real), strict=True))
+            scores |= {metric: value for metric, value in both.items() if metric in compared}
+    return {metric: scores[metric] for metric in tally.metrics}
 
 
-def evaluate_images(images: ArrayLike, reference: str = "digits", extractor: str | None = None) -> dict[str, Any]:
-    """Scores uint8 images (N, H, W, C) or (N, C, H, W).
+def evaluate_images(
+    images: ArrayLike | Images,
+    reference: str = "digits",
+    extractor: str | None = None,
+    metrics: Sequence[str] = ("fid",),
+    *,
+    device: str = "cpu",
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Scores images, batch by batch.
 
     Args:
-        images: at least two, of the reference's size.
-        reference: a built-in data set, a prepared folder, a folder of images, or an `.npz` with images `arr_0`, or with
-            `mu` and `sigma` of Inception features (as the ADM suite's reference files).
+        images: uint8 (N, H, W, C) or (N, C, H, W), or from `open_images`; of the reference's size.
+        reference: as for `sddit.metrics.reference.open_reference`.
         extractor: a name as in `sddit.metrics.features`; None is the one that belongs to the reference.
+        metrics: names in `METRICS`.
+        known: fields of `Protocol` that are known of the images.
 
     Returns:
-        'fid', its 'protocol' in words, and the 'protocol_digest'.
+        The scores by their names, their 'protocol' in words, and the 'protocol_digest'.
 
     Raises:
-        UsageError: not such images, or an extractor that is not there or cannot see them.
-        DataError: the reference is missing or broken.
+        UsageError: not such images, too few of them, or an extractor or reference that cannot serve; before any work.
+        DataError: images or the reference are missing or broken.
     """
     from sddit.metrics.features import check_extractor, get_extractor
 
-    array = channels_first(np.asarray(images))
-    if len(array) < 2:
-        raise UsageError(f"An FID needs at least 2 images; there are {len(array)}. A thousand give a usable one.")
-    source = _find_reference(reference)
-    default = DEFAULT_EXTRACTORS.get(source.name, INCEPTION) if isinstance(source, Manifest) else INCEPTION
-    name = extractor or default
-    check_extractor(name, array.shape[1:])
-    network = get_extractor(name)
-    real = _read_reference(source, network, array.shape[1:])
-    moments = _moments((array[lo : lo + BATCH] for lo in range(0, len(array), BATCH)), network)
-    distance = frechet_distance(moments.mean, moments.covariance(), real.mean, real.covariance)
-    protocol = Protocol(name, network.digest, real.digest, len(array), reference_images=real.count)
-    return {"fid": distance, "protocol": protocol.describe(), "protocol_digest": protocol.digest}
+    samples = images if isinstance(images, Images) else images_in(np.asarray(images))
+    source = open_reference(reference)
+    name = extractor or source.default_extractor
+    check_metrics(metrics, name, samples.count, source.count)
+    check_extractor(name, samples.shape)
+    source.check(name, metrics, samples.shape)
+    network = get_extractor(name, device, metrics)
+    real = source.load(network, metrics)
+    tally = Tally(network, metrics)
+    first = 0
+    for batch in samples.batches(BATCH):
+        tally.update(as_tensor(batch), first)
+        first += len(batch)
+    protocol = Protocol(
+        name,
+        network.digest,
+        real.digest,
+        samples.count,
+        reference_subset=real.subset_digest,
+        reference_images=real.count,
+        **(known or {}),
+    )
+    return {
+        **score(tally, real),
+        "protocol": protocol.describe(metrics),
+        "protocol_digest": protocol.digest,
+    }
 
 
-@dataclass(frozen=True)
-class _Reference:
-    mean: np.ndarray  # (d,)
-    covariance: np.ndarray  # (d, d)
-    digest: str  # of the images, or of the statistics where there is nothing else
-    count: int | None
-
-
-def _find_reference(reference: str) -> Manifest | Path:
-    """A data set, or the path of an `.npz` or of a folder of images."""
-    path = Path(reference).expanduser()
-    if reference not in DATASETS and path.exists() and (path.suffix == ".npz" or not (path / MANIFEST).exists()):
-        return path
-    return open_manifest(reference)  # says what is wrong, too
-
-
-def _read_reference(source: Manifest | Path, extractor: Extractor, shape: tuple[int, ...]) -> _Reference:
-    if isinstance(source, Manifest):
-        _check_shape(shape, source.shape)
-        moments = reference_moments(source, extractor)
-        return _Reference(moments.mean, moments.covariance(), source.digest, moments.count)
-    statistics = npz_statistics(source) if source.suffix == ".npz" else None
-    if statistics and extractor.name == INCEPTION:
-        mean, covariance = statistics
-        digest = hashlib.sha256(mean.tobytes() + covariance.tobytes()).hexdigest()
-        return _Reference(mean, covariance, digest, None)
-    try:
-        digest = _digest_images(image_batches(source, BATCH), shape)
-    except DataError as error:
-        if statistics is None:
-            raise
-        raise UsageError(
-            f"{source} has statistics of Inception features and no images, so it cannot serve {extractor.name}. "
-            f"Use the extractor {INCEPTION}, or give images."
-        ) from error
-    moments = _cached_moments(digest, extractor, lambda: image_batches(source, BATCH))
-    return _Reference(moments.mean, moments.covariance(), digest, moments.count)
-
-
-def _check_shape(shape: tuple[int, ...], reference: tuple[int, ...]) -> None:
-    if shape != reference:
-        sizes = [f"{height}×{width} with {channels} channels" for channels, height, width in (shape, reference)]
-        raise UsageError(
-            f"The images are {sizes[0]}, but the reference is {sizes[1]}. "
-            "Score them against a reference of their own size."
-        )
-
-
-def _digest_images(batches: Batches, shape: tuple[int, ...]) -> str:
-    """sha256 of the images' values, whatever file they came from."""
-    digest = hashlib.sha256(repr(shape).encode())
-    for batch in batches:
-        _check_shape(shape, batch.shape[1:])
-        digest.update(np.ascontiguousarray(batch).data)
-    return digest.hexdigest()
-
-
-def _cached_moments(digest: str, extractor: Extractor, batches: Callable[[], Batches]) -> Moments:
-    """Moments of the images that `digest` stands for: from the cache, or computed and put there."""
-    key = hashlib.sha256(f"{digest}/{extractor.digest}".encode()).hexdigest()[:24]
-    path = cache_dir() / "reference" / f"{key}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return Moments.from_array(file["moments"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or torn: compute it
-        pass
-    moments = _moments(batches(), extractor)
-    part = path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, moments=moments.to_array())
-        part.replace(path)
-    except OSError as error:  # a full or read-only cache costs time, not the result
-        log.warning("Reference statistics were not kept in %s: %s. Set SDDIT_CACHE to keep them.", path.parent, error)
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-    return moments
-
-
-def _shard_batches(manifest: Manifest) -> Batches:
-    shards = Shards(manifest)
-    for lo in range(0, len(shards), BATCH):
-        yield shards.read(np.arange(lo, min(lo + BATCH, len(shards))))[0]
-
-
-def _moments(batches: Batches, extractor: Extractor) -> Moments:
-    moments = Moments(extractor.dim)
-    for batch in batches:
-        moments.update(extractor(_tensor(batch)))
-    return moments
-
-
-def _tensor(images: np.ndarray) -> Tensor:
-    import torch
-
-    return torch.from_numpy(np.array(images, order="C"))  # a copy: what was read may be read-only
+def _distance(samples: Moments | None, reference: Gaussian | None) -> float:
+    assert samples is not None and reference is not None
+    return frechet_distance(samples.mean, samples.covariance(), *reference)

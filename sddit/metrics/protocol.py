@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from sddit.config import Experiment
 
 ROUNDING = "trunc(clip(127.5 x + 128))"  # to uint8, as EDM and DiT write images
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a score is called, which layer of the extractor it sees, and how many images of each set it needs."""
+
+    label: str
+    layer: str
+    images: int
+
+
+# By their names in `eval.metrics`. A radius to the third neighbour takes four points.
+METRICS: dict[str, Metric] = {
+    "fid": Metric("FID", "features", 2),
+    "sfid": Metric("sFID", "spatial", 2),
+    "is": Metric("IS", "logits", 1),
+    "precision": Metric("precision", "features", 4),
+    "recall": Metric("recall", "features", 4),
+    "kid": Metric("KID", "features", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,7 @@ class Protocol:
     rounding: str | None = None  # from real numbers to uint8
     guided: bool | None = None
     weights: str | None = None  # 'ema' or 'raw'
+    reference_subset: str | None = None  # digest of the images behind precision, recall, KID, if not `reference`
     reference_images: int | None = field(default=None, compare=False)  # implied by `reference`, so not in the digest
 
     @classmethod
@@ -64,12 +86,13 @@ class Protocol:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
-    def describe(self) -> str:
+    def describe(self, metrics: Sequence[str] = ("fid",)) -> str:
         """One line for a caption; what is not known is left out."""
         images = f"{self.reference_images:,} images" if self.reference_images else f"reference {self.reference[:12]}"
         guided = {None: None, True: "guided", False: "no guidance"}[self.guided]
+        labels = ", ".join(METRICS[metric].label for metric in metrics)
         parts = [
-            f"FID on {self.extractor} features, {self.samples:,} samples against {images}",
+            f"{labels} on {self.extractor} features, {self.samples:,} samples against {images}",
             self.labels and f"{self.labels} labels",
             guided,
             self.weights and {"ema": "averaged weights", "raw": "raw weights"}[self.weights],

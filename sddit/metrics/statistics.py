@@ -1,7 +1,8 @@
-"""Streaming moments of features, and the Fréchet distance between two of them. Imports no torch by itself.
+"""What scores are computed from, and their formulas: torch-fidelity's wherever it has them. Imports no torch by itself.
 
-Memory does not grow with the number of samples, and moments of parts merge into those of the whole, so workers share
-the work and the result does not depend on how (up to rounding in float64).
+`Moments` (FID, sFID) and `SplitSums` (Inception score) do not grow with the number of samples; those of parts merge
+into those of the whole, so workers share the work and the result does not depend on how (up to rounding in float64).
+Precision, recall and KID need the features themselves.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import log_softmax, xlogy
 
 from sddit.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SPLIT = 5000  # consecutive samples that make one Inception score (methods.md §11.1)
+NEIGHBOURS = 3  # the radius of a point's ball reaches to its third neighbour
+KID_SUBSETS, KID_SUBSET, KID_SEED = 100, 1000, 2020  # torch-fidelity's own
 
 
 class Moments:
@@ -35,9 +41,7 @@ class Moments:
         Raises:
             UsageError: they are not finite, or of another width than before.
         """
-        batch = np.asarray(features if isinstance(features, np.ndarray) else features.detach().cpu(), dtype=np.float64)
-        if not np.isfinite(batch).all():
-            raise UsageError("The extractor gave features that are not finite. Check its weights and its precision.")
+        batch = _finite(features)
         part = Moments(batch.shape[1])
         if len(batch):
             part.count = len(batch)
@@ -91,6 +95,59 @@ class Moments:
         return moments
 
 
+class SplitSums:
+    """What the Inception score needs of class probabilities p (n, C): by split of 5,000 consecutive samples their
+    number, Σ Σ p ln p and Σ p, in float64.
+
+    Splits are those of the global index and nothing is shuffled, as in the ADM suite; a last split may be shorter.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.sums: dict[int, np.ndarray] = {}  # split → (2 + C,)
+
+    def update(self, logits: np.ndarray | Tensor, first: int) -> None:
+        """Adds logits (b, C) of samples first … first + b - 1.
+
+        Raises:
+            UsageError: they are not finite.
+        """
+        log_p = log_softmax(_finite(logits), axis=1)
+        p = np.exp(log_p)
+        rows = np.concatenate([np.ones((len(p), 1)), (p * log_p).sum(axis=1, keepdims=True), p], axis=1)
+        splits = (first + np.arange(len(p))) // SPLIT
+        for split in np.unique(splits):
+            self._add(int(split), rows[splits == split].sum(axis=0))
+
+    def merge(self, other: SplitSums) -> None:
+        """Adds what `other` has seen."""
+        for split, sums in other.sums.items():
+            self._add(split, sums)
+
+    def score(self) -> float:
+        """The mean over the splits of exp(mean over samples of KL(p ‖ mean p))."""
+        scores = []
+        for _, sums in sorted(self.sums.items()):
+            count, p_log_p, mean = sums[0], sums[1], sums[2:] / sums[0]
+            scores.append(np.exp(p_log_p / count - xlogy(mean, mean).sum()))
+        return float(np.mean(scores))
+
+    def to_array(self) -> np.ndarray:
+        """All of it as float64 (splits, 3 + C), to be gathered: a row is the split and its sums."""
+        rows = [np.concatenate([[split], sums]) for split, sums in sorted(self.sums.items())]
+        return np.array(rows).reshape(len(rows), 3 + self.classes)
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> SplitSums:
+        """The inverse of `to_array`."""
+        sums = cls(array.shape[1] - 3)
+        sums.sums = {int(row[0]): row[1:].copy() for row in array}
+        return sums
+
+    def _add(self, split: int, sums: np.ndarray) -> None:
+        self.sums[split] = self.sums[split] + sums if split in self.sums else sums
+
+
 def frechet_distance(
     mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
 ) -> float:
@@ -113,3 +170,46 @@ def frechet_distance(
     # It asserts equal dtypes, and its own means are float32: hand over float64 on both sides.
     stats = [{"mu": np.asarray(mu, np.float64), "sigma": np.asarray(sigma, np.float64)} for mu, sigma in pairs]
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def precision_and_recall(samples: Tensor, real: Tensor, block: int = 1000) -> tuple[float, float]:
+    """How many samples lie in a ball around a real image, and the other way round (arXiv 1904.06991), k = 3.
+
+    torch-fidelity's, on features float32 (n, d) and (m, d), on their device. ADM rounds the distances to float16 first,
+    which moves the third digit (methods.md §11.2).
+
+    Memory beyond the features: distances of `block` points at once, 4 · block · max(n, m) bytes on the CPU.
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    found = prc_features_to_metric(
+        samples, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=block, save_cpu_ram=True, verbose=False
+    )
+    inside = round(found[KEY_METRIC_PRECISION] * len(samples)), round(found[KEY_METRIC_RECALL] * len(real))
+    return inside[0] / len(samples), inside[1] / len(real)  # its means are float32
+
+
+def kernel_distance(samples: Tensor, real: Tensor) -> float:
+    """KID (arXiv 1801.01401): squared MMD under (x·y / d + 1)³, unbiased, the mean over 100 pairs of random subsets.
+
+    torch-fidelity's, on features float32 (n, d) and (m, d). Subsets have 1,000 features, or as many as there are.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    size = min(KID_SUBSET, len(samples), len(real))
+    found = kid_features_to_metric(
+        samples, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
+    )
+    return float(found[KEY_METRIC_KID_MEAN])
+
+
+def _finite(values: np.ndarray | Tensor) -> np.ndarray:
+    """`values` in float64 numpy.
+
+    Raises:
+        UsageError: one is not finite.
+    """
+    array = np.asarray(values if isinstance(values, np.ndarray) else values.detach().cpu(), dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise UsageError("The extractor gave features that are not finite. Check its weights and its precision.")
+    return array

@@ -196,11 +196,14 @@ def run(sweep: Sweep, flags: Flags) -> int:
 
 
 def check_inputs(job: Job) -> None:
-    """What would fail every cell is found here: extractor, and the right to write."""
-    from sddit.metrics.features import check_extractor
+    """What would fail cells is found here: how they are evaluated, and the right to write."""
+    from sddit.data import open_manifest
+    from sddit.metrics.check import check_evaluation
     from sddit.training.store import CheckpointStore
 
-    check_extractor(job.base.eval.extractor, _shape(job)[0])
+    planned = [(cell.experiment, cell.manifest) for cell in job.cells]
+    for experiment, manifest in planned or [(job.base, open_manifest(job.base.data.path))]:
+        check_evaluation(experiment, manifest)
     if not job.flags.plan:
         CheckpointStore(job.storage).check_writable()
 

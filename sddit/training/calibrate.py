@@ -18,7 +18,8 @@ from sddit.data import open_manifest
 from sddit.data.sampler import BatchSampler
 from sddit.data.shards import Shards
 from sddit.methods import build_method
-from sddit.metrics import features, fidelity
+from sddit.metrics import features
+from sddit.metrics.reference import of_manifest
 from sddit.tracking import NullRecord
 from sddit.training import loop
 from sddit.training.store import CheckpointStore
@@ -40,6 +41,8 @@ def measure(experiment: Experiment, device: torch.device) -> cost.Speed:
                 "eval.every": steps,
                 "eval.samples": min(SAMPLES, experiment.eval.samples),
                 "eval.grid": 1,
+                "eval.metrics": ("fid",),
+                "eval.final": (),
             }
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +55,7 @@ def measure(experiment: Experiment, device: torch.device) -> cost.Speed:
                 store=CheckpointStore(folder),
                 reporter=NullRecord(lambda step, metrics: None),
                 extractor=extractor,
-                reference=lambda: fidelity.reference_moments(manifest, extractor),
+                reference=lambda: of_manifest(manifest).load(extractor, ("fid",)),
                 device=device,
             )
         clocks = result.clocks

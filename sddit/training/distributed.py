@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from sddit.metrics.statistics import Moments
 
 
 def rank() -> int:
@@ -36,17 +35,39 @@ def any_true(flag: bool, device: torch.device) -> bool:
     return bool(votes.item())
 
 
-def merge_moments(moments: Moments, device: torch.device) -> Moments:
-    """The moments of all workers' features, merged in the order of the ranks: the same on every worker."""
+def share(count: int) -> tuple[int, int]:
+    """Which of `count` things this worker does: lo … hi - 1, a contiguous part, in the order of the ranks."""
+    return count * rank() // world_size(), count * (rank() + 1) // world_size()
+
+
+def gather(array: np.ndarray, device: torch.device, *, everywhere: bool = False) -> list[np.ndarray]:
+    """The arrays of all workers in the order of the ranks, on rank 0 (or `everywhere`); nothing on the others.
+
+    They may differ in length. A worker that gets them holds them twice for a moment.
+    """
     if world_size() == 1:
-        return moments
-    flat = torch.from_numpy(moments.to_array()).to(device)
-    shares = [torch.empty_like(flat) for _ in range(world_size())]
-    dist.all_gather(shares, flat)
-    total = Moments()
-    for share in shares:
-        total.merge(Moments.from_array(share.cpu().numpy()))
-    return total
+        return [array]
+    mine = torch.from_numpy(array).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(mine)], device=device))
+    longest = max(int(length) for length in lengths)
+    padded = mine.new_zeros((longest, *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    shares = [torch.empty_like(padded) for _ in range(world_size())] if everywhere or rank() == 0 else []
+    if everywhere:
+        dist.all_gather(shares, padded)
+    else:
+        dist.gather(padded, shares or None)
+    return [s[: int(n)].cpu().numpy() for s, n in zip(shares, lengths, strict=bool(shares))]
+
+
+def minimum(array: np.ndarray, device: torch.device) -> np.ndarray:
+    """The elementwise minimum over the workers, on every one."""
+    if world_size() == 1:
+        return array
+    values = torch.from_numpy(array).to(device)
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values.cpu().numpy()
 
 
 def broadcast_values(values: Any) -> Any:

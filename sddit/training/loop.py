@@ -23,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sddit import cost, seeding
 from sddit.config import Experiment
-from sddit.data.sampler import BatchSampler
+from sddit.data.sampler import BatchSampler, ImageSet
 from sddit.errors import CheckpointError, DivergedError
 from sddit.methods.base import Batch, Method
 from sddit.metrics.features import Extractor
-from sddit.metrics.statistics import Moments
+from sddit.metrics.reference import Reference
 from sddit.training import distributed, evaluation
+from sddit.training.diagnostics import Setting, diagnose
 from sddit.training.state import Clocks, TrainState
 from sddit.training.store import CheckpointStore
 
@@ -77,14 +78,16 @@ def train(
     store: CheckpointStore,
     reporter: Reporter,
     extractor: Extractor,
-    reference: Callable[[], Moments],
+    reference: Callable[[], Reference],
     device: torch.device,
+    held_out: ImageSet | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Trains to `experiment.train.steps`, from the newest checkpoint in `store` if there is one.
 
-    Every worker of a process group calls this with the same arguments. `reference` gives the moments of the reference
-    set (rank 0). `should_stop` is asked after each step; on any worker's True all stop after a checkpoint.
+    Every worker of a process group calls this with the same arguments. `reference` gives the statistics of the
+    reference set (rank 0), `held_out` the images for `eval.final`, by default those that the sampler sets aside.
+    `should_stop` is asked after each step; on any worker's True all stop after a checkpoint.
 
     Raises:
         DivergedError: a loss was not finite; names step, batch positions and the last good checkpoint.
@@ -181,7 +184,14 @@ def train(
             guard.flush()
             clocks.add(train=lap(), workers=world_size)
             if due:
-                result = evaluation.evaluate(method, network, extractor, reference() if rank == 0 else None, device)
+                real = reference() if rank == 0 else None
+                final = experiment.eval.final if step == steps else ()
+                result = evaluation.evaluate(method, network, extractor, real, device, keep_features="copying" in final)
+                if final:
+                    unseen = sampler.held_out_images() if held_out is None else held_out
+                    train_images = sampler.training_images()
+                    setting = Setting(method, network, extractor, real, train_images, unseen, device, result)
+                    result.metrics |= diagnose(final, setting)
                 clocks.add(evaluation=lap(), workers=world_size)
                 last_metrics = result.metrics
                 if rank == 0:

@@ -119,6 +119,22 @@ def test_digits_cnn():
         extractor(torch.zeros((3, 3, 8, 8), dtype=torch.uint8))
 
 
+def test_all_layers_of_digits_cnn():
+    extractor = get_extractor("digits-cnn", metrics=("sfid", "is"))
+    assert extractor.dims == {"features": 64, "spatial": 4 * 4 * 7, "logits": 10}
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layers, module = extractor.layers(images), extractor.module
+    assert torch.equal(layers["features"], get_extractor("digits-cnn")(images))
+    assert torch.equal(layers["logits"], module.classify(images))
+    maps = module.maps(images.float() / 127.5 - 1)
+    assert torch.equal(layers["spatial"].view(3, 4, 4, 7), maps[:, :7].permute(0, 2, 3, 1))
+
+
+def test_digest_is_pinned():
+    # It is part of the protocols of finished cells.
+    assert extractor_digest("digits-cnn") == "5797fca97280"
+
+
 def test_getting_an_extractor_draws_nothing():
     before = torch.random.get_rng_state()
     get_extractor("digits-cnn")
@@ -141,6 +157,33 @@ def test_inception_from_the_cache(cache):
     assert torch.equal(extractor(images), theirs(images)[0])
     grey = images[:, :1]
     assert torch.equal(extractor(grey), theirs(grey.repeat(1, 3, 1, 1))[0])
+
+
+def test_spatial_features_and_logits_of_inception(cache):
+    """sFID sees the first 7 channels of the 1×1 branch of Mixed_6d, flattened as in TensorFlow; IS unbiased logits."""
+    path = TORCH_FIDELITY["inception-v3-compat"].path
+    weights = _inception_weights()
+    weights["fc.bias"] += 100
+    torch.save(weights, path)
+    extractor = get_extractor("inception-v3-compat", metrics=("fid", "sfid", "is"))
+    assert extractor.dims == {"features": 2048, "spatial": 2023, "logits": 1008}
+    assert extractor.digest == get_extractor("inception-v3-compat").digest
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layers = extractor.layers(images)
+    assert torch.equal(layers["features"], get_extractor("inception-v3-compat")(images))
+
+    theirs = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
+    seen = []
+    theirs.Mixed_6d.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pool, unbiased = theirs(images)
+    (mixed,) = seen
+    assert mixed.shape == (2, 768, 17, 17)
+    expected = mixed[:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+    assert torch.equal(layers["spatial"], expected) and expected.std() > 0 and expected.min() == 0
+    assert torch.equal(layers["logits"], unbiased)
+    torch.testing.assert_close(unbiased, pool @ weights["fc.weight"].T)
 
 
 class _Canary:
@@ -252,6 +295,16 @@ class Means(FeatureExtractorBase):
         return (x.double().mean((2, 3)) * self.scale,)
 
 
+class Classifier(Means):
+    @staticmethod
+    def get_provided_features_list():
+        return ("means", "logits")
+
+    def forward(self, x):
+        values = {"means": x.double().mean((2, 3)), "logits": x[:, 0, 0].double()}
+        return tuple(values[name] for name in self.features_list)
+
+
 class NotOne:
     pass
 '''
@@ -282,6 +335,14 @@ def test_ones_own_class(own):
     images = torch.full((2, 3, 4, 4), 5, dtype=torch.uint8)
     assert torch.equal(extractor(images), torch.full((2, 3), 10.0))
     assert extractor.digest == extractor_digest(name) == get_extractor(name).digest
+
+
+def test_layers_of_ones_own_class(own):
+    name = own()
+    assert get_extractor(f"{name}:Classifier", metrics=("fid", "is", "kid")).dims == {"features": 3, "logits": 64}
+    for cls, metric, layer in (("Means", "is", "logits"), ("Classifier", "sfid", "spatial")):
+        with pytest.raises(UsageError, match=rf"cannot be computed with {name}:{cls}, which has no '{layer}' layer"):
+            get_extractor(f"{name}:{cls}", metrics=("fid", metric))
 
 
 def test_ones_own_class_is_told_from_another_by_its_content(own):

@@ -1,9 +1,12 @@
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from sddit.errors import DataError, UsageError
-from sddit.metrics.images import channels_first, image_batches, npz_statistics
+from sddit.metrics.images import channels_first, has_images, images_in, npz_arrays, open_images
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)  # (N, H, W, C)
@@ -27,9 +30,18 @@ def test_what_is_no_batch_of_images(images):
 @pytest.mark.parametrize("images", [COLOUR, GREY])
 def test_npz_in_batches(tmp_path, save, images):
     save(tmp_path / "samples.npz", images)
-    batches = list(image_batches(tmp_path / "samples.npz", batch_size=3))
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert np.array_equal(np.concatenate(batches), images.transpose(0, 3, 1, 2))
+    found = open_images(tmp_path / "samples.npz")
+    assert (found.count, found.shape) == (7, images.transpose(0, 3, 1, 2).shape[1:])
+    for _ in range(2):  # as often as asked
+        batches = list(found.batches(3))
+        assert [len(batch) for batch in batches] == [3, 3, 1]
+        assert np.array_equal(np.concatenate(batches), images.transpose(0, 3, 1, 2))
+
+
+def test_images_in_memory():
+    found = images_in(COLOUR)
+    assert (found.count, found.shape) == (7, (3, 5, 6))
+    assert np.array_equal(np.concatenate(list(found.batches(4))), COLOUR.transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +56,7 @@ def test_npz_in_batches(tmp_path, save, images):
 def test_an_npz_of_something_else(tmp_path, arrays, message):
     np.savez(tmp_path / "samples.npz", **arrays)
     with pytest.raises(DataError, match=message):
-        list(image_batches(tmp_path / "samples.npz"))
+        open_images(tmp_path / "samples.npz")
 
 
 @pytest.mark.parametrize("keep", [0, 100, -40])
@@ -53,9 +65,30 @@ def test_a_torn_npz(tmp_path, keep):
     content = (tmp_path / "samples.npz").read_bytes()
     (tmp_path / "samples.npz").write_bytes(content[:keep])
     with pytest.raises(DataError, match=r"cannot be read as an .npz"):
-        list(image_batches(tmp_path / "samples.npz"))
+        open_images(tmp_path / "samples.npz")
+    for function in (npz_arrays, has_images):
+        with pytest.raises(DataError, match=r"cannot be read as an .npz"):
+            function(tmp_path / "samples.npz")
+
+
+def test_an_npz_with_fewer_values_than_its_head_says(tmp_path):
+    """As left behind by a program that was stopped while it wrote into a valid archive."""
+    whole = io.BytesIO()
+    np.save(whole, COLOUR)
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", whole.getvalue()[:-100])
+    with pytest.raises(DataError, match=r"arr_0 has 530 values of 630"):
+        open_images(tmp_path / "samples.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_in_the_middle_of_an_npz_is_found_when_it_is_read(tmp_path, save):
+    save(tmp_path / "samples.npz", COLOUR)
+    content = bytearray((tmp_path / "samples.npz").read_bytes())
+    content[300:310] = bytes(10)
+    (tmp_path / "samples.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"cannot be read as an .npz"):
-        npz_statistics(tmp_path / "samples.npz")
+        list(open_images(tmp_path / "samples.npz").batches(256))
 
 
 @pytest.mark.parametrize("images", [COLOUR, GREY])
@@ -64,7 +97,9 @@ def test_a_folder_of_files_in_the_order_of_their_paths(tmp_path, images):
     for i, image in enumerate(images):
         Image.fromarray(image.squeeze()).save(tmp_path / ("sub" if i > 4 else ".") / f"{i}.png")
     (tmp_path / "notes.txt").write_text("not an image")
-    batches = list(image_batches(tmp_path, batch_size=4))
+    found = open_images(tmp_path)
+    batches = list(found.batches(4))
+    assert (found.count, found.shape) == (7, batches[0].shape[1:])
     assert [len(batch) for batch in batches] == [4, 3]
     assert np.array_equal(np.concatenate(batches), images.transpose(0, 3, 1, 2))
 
@@ -72,7 +107,7 @@ def test_a_folder_of_files_in_the_order_of_their_paths(tmp_path, images):
 def test_palettes_and_transparency_become_rgb(tmp_path):
     Image.fromarray(COLOUR[0]).convert("RGBA").save(tmp_path / "0.png")
     Image.fromarray(COLOUR[0]).convert("P").save(tmp_path / "1.png")
-    (batch,) = image_batches(tmp_path)
+    (batch,) = open_images(tmp_path).batches(256)
     assert batch.shape == (2, 3, 5, 6)
     assert np.array_equal(batch[0], COLOUR[0].transpose(2, 0, 1))
 
@@ -80,30 +115,32 @@ def test_palettes_and_transparency_become_rgb(tmp_path):
 def test_images_of_different_sizes(tmp_path):
     Image.fromarray(COLOUR[0]).save(tmp_path / "0.png")
     Image.fromarray(COLOUR[0, :4]).save(tmp_path / "1.png")
-    with pytest.raises(DataError, match=r"1.png is \(4, 6, 3\) \(H, W, C\), but .*0.png is \(5, 6, 3\)"):
-        list(image_batches(tmp_path))
+    with pytest.raises(DataError, match=r"1.png is \(3, 4, 6\) \(C, H, W\), but .*0.png is \(3, 5, 6\)"):
+        open_images(tmp_path)
 
 
 def test_a_file_that_is_no_image(tmp_path):
     (tmp_path / "0.png").write_text("hello")
     with pytest.raises(DataError, match=r"0.png is not an image"):
-        list(image_batches(tmp_path))
+        open_images(tmp_path)
+
+
+def test_an_image_that_is_cut_off_is_found_when_it_is_read(tmp_path):
+    Image.fromarray(COLOUR[0]).save(tmp_path / "0.png")
+    content = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(content[:60])
+    with pytest.raises(DataError, match=r"0.png is not an image"):
+        list(open_images(tmp_path).batches(256))
 
 
 def test_an_empty_folder(tmp_path):
     with pytest.raises(DataError, match="No images at"):
-        list(image_batches(tmp_path))
+        open_images(tmp_path)
 
 
-def test_statistics(tmp_path):
-    np.savez(tmp_path / "images.npz", COLOUR)
-    assert npz_statistics(tmp_path / "images.npz") is None
-    np.savez(tmp_path / "both.npz", COLOUR, mu=np.zeros(4, dtype=np.float32), sigma=np.eye(4))
-    mu, sigma = npz_statistics(tmp_path / "both.npz")
-    assert (mu.dtype, mu.shape, sigma.shape) == (np.float64, (4,), (4, 4))
-    np.savez(tmp_path / "odd.npz", mu=np.zeros(4), sigma=np.eye(3))
-    with pytest.raises(DataError, match="must be"):
-        npz_statistics(tmp_path / "odd.npz")
-    np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+def test_only_the_arrays_that_are_asked_for(tmp_path):
+    np.savez(tmp_path / "both.npz", COLOUR, mu=np.zeros(4, dtype=np.float32), other=np.array([{}], dtype=object))
+    assert list(npz_arrays(tmp_path / "both.npz", "mu", "sigma")) == ["mu"]
+    assert has_images(tmp_path / "both.npz")
     with pytest.raises(DataError, match="cannot be read"):
-        npz_statistics(tmp_path / "pickled.npz")
+        npz_arrays(tmp_path / "both.npz", "other")  # pickled

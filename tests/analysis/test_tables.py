@@ -1,0 +1,383 @@
+"""Tables 1 and 2: what is ours, what is marked, what is refused, and the files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis import common, markup, paper, table1, table2, tables
+from sddit import presets
+from sddit.errors import SdditError, UsageError
+from sddit.metrics.protocol import Protocol
+from sddit.results import load_cells, load_results
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 1_700_000_000_000  # ms
+STEPS = (200, 400, 600)
+FLOPS_PER_IMAGE = {"dit": 10.0, "maskdit": 15.0, "mdt": 20.0, "sddit": 25.0}
+
+
+def fid(method, seed, step):
+    """Falls to step 400 and rises again: the last is never the best."""
+    return 100 * len(method) + 10 * seed + abs(step - 400) / 100
+
+
+def protocol_of(experiment, images=1797):
+    return Protocol.from_experiment(experiment, "digest-of-the-data", "digest", reference_images=images)
+
+
+def add_cell(sweep, method, seed=0, *, state="done", steps=STEPS, scores=("fid",), changes=(), images=1797, **tags):
+    """A cell with all its params, as the tracker records it."""
+    from mlflow.entities import Metric, Param
+
+    client, experiment_id, parent = sweep
+    experiment = presets.digits(method=method).replace({"seed": seed, **dict(changes)})
+    protocol = protocol_of(experiment, images)
+    tags = {
+        "mlflow.parentRunId": parent, "sddit.kind": "cell", "sddit.identity": experiment.identity("data"),
+        "sddit.state": state, "sddit.steps": "600", "sddit.step": str(max(steps, default=0)),
+        "sddit.protocol": protocol.digest, "sddit.protocol.text": protocol.describe(), "sddit.code": "0123456789",
+        "sddit.data": experiment.data.path,
+    } | tags  # fmt: skip
+    run = client.create_run(experiment_id, start_time=START, tags=tags).info.run_id
+    client.log_batch(run, params=[Param(k, str(v)) for k, v in experiment.digest_fields().items()])
+    points = [(f"eval/{score}", fid(method, seed, step) / (i + 1), step) for i, score in enumerate(scores)
+              for step in steps]  # fmt: skip
+    points += [("cost/flops", FLOPS_PER_IMAGE[method] * 64 * step, step) for step in steps]
+    client.log_batch(run, [Metric(name, value, START + step, step) for name, value, step in points])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Address of a store with the sweeps 'convergence' (done, three seeds), 'half', 'mixed' and 'started'."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    client = MlflowClient(uri)
+
+    def sweep(name):
+        experiment = client.create_experiment(name)
+        return client, experiment, client.create_run(experiment, tags={"sddit.kind": "sweep"}).info.run_id
+
+    whole = sweep("convergence")
+    for method in FLOPS_PER_IMAGE:
+        for seed in range(3):
+            add_cell(whole, method, seed, scores=("fid", "sfid") if method == "sddit" else ("fid",))
+    add_cell(whole, "dit", changes={"diffusion.kind": "edm"}.items())
+    half = sweep("half")
+    add_cell(half, "sddit")
+    add_cell(half, "sddit", 1, state="pruned", steps=STEPS[:1])
+    add_cell(half, "sddit", 2, state="running", steps=STEPS[:2])
+    add_cell(half, "sddit", 3, state="failed", steps=())
+    add_cell(half, "sddit", 4, steps=STEPS[:2])
+    add_cell(half, "sddit", 5, **{"sddit.step": "800"})  # its last evaluation is missing
+    mixed = sweep("mixed")
+    add_cell(mixed, "dit")
+    add_cell(mixed, "sddit", **{"sddit.protocol": "other"})
+    add_cell(mixed, "mdt", state="pruned", **{"sddit.protocol": "a third, of no final score"})
+    many = sweep("many")
+    for i in range(3):
+        add_cell(many, "sddit", changes={"method.mask_ratio": i / 10}.items())
+    add_cell(sweep("started"), "sddit", state="running", steps=())
+    return uri
+
+
+def collected(store, sweep, table=table1.TABLE, **options):
+    return tables.collect(table, load_results(sweep, store), load_cells(sweep, store), **options)
+
+
+def ours(data):
+    return data.frame[data.frame["source"] == "ours"].reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- collect
+
+
+def test_last_step_mean_and_interval_over_seeds(store):
+    frame = ours(collected(store, "convergence"))
+    assert list(frame["model"]) == ["DiT-S/2", "DiT-S/2 (EDM)", "MaskDiT-S/2", "MDT-S/2", "SD-DiT-S/2"]
+    assert list(frame["seeds"]) == [3, 1, 3, 3, 3]
+    for row in frame[frame["seeds"] == 3].itertuples():
+        values = [fid(row.method, seed, 600) for seed in range(3)]
+        low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+        np.testing.assert_allclose([row.fid, row.fid_low, row.fid_high], [np.mean(values), low, high])
+    assert frame.loc[1, "fid"] == fid("dit", 0, 600) and np.isnan(frame.loc[1, "fid_low"])
+
+
+def test_cost_of_ours(store):
+    frame = ours(collected(store, "convergence"))
+    assert (frame["steps"] == 600).all() and (frame["batch"] == 64).all() and (frame["images"] == 38_400).all()
+    np.testing.assert_allclose(frame["epochs"], 38_400 / 1797)
+    np.testing.assert_allclose(frame["relative_cost"], [1, 1, 1.5, 2, 2.5])
+    np.testing.assert_allclose(frame["flops"], 38_400 * np.array([10, 10, 15, 20, 25]))
+
+
+def test_without_dit_there_is_no_relative_cost(store):
+    data = collected(store, "half")
+    assert ours(data)["relative_cost"].isna().all()
+    assert any("needs a DiT of the same size" in remark for remark in data.remarks)
+
+
+def test_unfinished_cells_are_never_finals(store):
+    data = collected(store, "half")
+    frame = ours(data)
+    assert list(zip(frame["steps"], frame["seeds"], strict=True)) == [(400, 1), (600, 1)]  # never averaged together
+    text = " ".join(data.remarks)
+    for part in (
+        "the last step of 2 of 6 cells, never the best; n=1: one seed", "Not shown: 4 cells (", "1 stopped early",
+        "1 unfinished", "1 failed", "1 done but without a score at its last step", "from 400 to 600 steps",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_provenance_names_the_protocol(store):
+    remark = collected(store, "convergence").remarks[0]
+    protocol = protocol_of(presets.digits())
+    for part in ("13 cells, never the best", "n=1 has no interval", f"Protocol {protocol.digest} (", "Batch size 64."):
+        assert part in remark
+
+
+def test_cells_that_differ_otherwise_are_listed_apart(store, monkeypatch):
+    frame = ours(collected(store, "many"))
+    assert list(frame["settings"]) == ["mask_ratio 0.0", "mask_ratio 0.1", "mask_ratio 0.2"]
+    monkeypatch.setattr(tables, "MAX_ROWS", 2)
+    with pytest.raises(UsageError, match=r"method\.mask_ratio, which makes 3 rows"):
+        collected(store, "many")
+
+
+def test_a_field_added_later_had_its_default(store):
+    results, cells = load_results("convergence", store), load_cells("convergence", store)
+    first = cells.index[cells["params"].map(lambda p: p["method.name"]) == "sddit"][0]
+    del cells.at[first, "params"]["method.mask_ratio"]
+    assert len(ours(tables.collect(table1.TABLE, results, cells))) == 5
+
+
+def test_unlike_protocols_are_refused(store):
+    with pytest.raises(UsageError, match=r"(?s)2 protocols.*other: 1 cell"):
+        collected(store, "mixed")
+
+
+def test_infinite_scores_have_no_interval(store):
+    results = load_results("convergence", store)
+    results.loc[(results["method.name"] == "mdt") & (results["seed"] == 1), "eval/fid"] = np.inf
+    data = tables.collect(table1.TABLE, results, load_cells("convergence", store))
+    assert "inf†" in [row[10] for row in tables.as_text(data).rows]
+
+
+def test_table_2_shows_the_scores_there_are(store):
+    data = collected(store, "convergence", table2.TABLE)
+    frame = ours(data)
+    assert list(frame["sfid_seeds"]) == [0, 0, 0, 0, 3]
+    assert frame["sfid"].iloc[4] == pytest.approx(frame["fid"].iloc[4] / 2)
+    assert any("Not scored in this sweep: IS, Prec., Rec." in remark for remark in data.remarks)
+    few = frame.iloc[4].to_dict() | {"sfid_seeds": 2}
+    assert tables._scored(few, "sfid", "").endswith(" (n=2)")
+
+
+# ---------------------------------------------------------------------------------------------------- comparability
+
+
+def test_ours_on_digits_is_marked(store):
+    data = collected(store, "convergence")
+    reason = ours(data)["not_comparable"].unique()
+    assert list(reason) == [
+        "Not comparable with the paper's values: other features (digits-cnn), 1,024 samples instead of 50,000, other "
+        "data (digits, 1,797 images), sizes of the tiny grid, cyclic labels."
+    ]
+    text = tables.as_text(data)
+    assert all(row[10].endswith("†") == (row[0] == "ours") for row in text.rows)
+    assert text.notes[0] == f"†: {reason[0]}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "reason"),
+    [({}, paper.IMAGES, None), ({}, 50_000, "other data (data/imagenet256, 50,000 images)"),
+     ({}, None, "other data (data/imagenet256, number of images not recorded)"),
+     ({"eval.guidance": 1.5}, paper.IMAGES, "guided"), ({"eval.weights": "raw"}, paper.IMAGES, "raw weights"),
+     ({"eval.samples": 10_000}, paper.IMAGES, "10,000 samples instead of 50,000"),
+     ({"eval.extractor": "clip-vit-b-32"}, paper.IMAGES, "other features (clip-vit-b-32)")],
+)  # fmt: skip
+def test_why_a_score_is_not_comparable(changes, images, reason):
+    experiment = presets.imagenet256("XL/2", "sddit").replace(changes)
+    tags = {"sddit.protocol.text": protocol_of(experiment, images).describe(), "sddit.data": experiment.data.path}
+    said = tables._not_comparable(experiment.digest_fields(), tags)
+    assert said == (f"Not comparable with the paper's values: {reason}." if reason else "")
+
+
+def test_marks_of_the_papers_rows():
+    text = tables.as_text(tables.collect(table2.TABLE, None, None))
+    by_model = {row[1]: row for row in text.rows}
+    assert by_model["MaskDiT-XL/2"][10:15] == ["5.69†", "10.34†", "177.99†", "0.74†", "0.60†"]
+    assert by_model["SD-DiT-XL/2"][2:6] == ["2,400,000", "256", "614.4", "479.6"]
+    assert by_model["SD-DiT-XL/2"][10:15] == ["7.21", "5.17", "144.68", "0.72", "0.61"]
+    notes = dict(note.split(": ", 1) for note in text.notes if re.match("[a-z†]: ", note))
+    assert notes["†"] == paper.FINE_TUNED
+    assert notes[by_model["MDT-XL/2"][-1]] == paper.MDT and notes[by_model["SD-DiT-XL/2"][-1]] == paper.SDDIT
+    assert paper.GUIDED_ELSEWHERE in text.notes and paper.SOURCE in text.notes
+
+
+# ------------------------------------------------------------------------------------------------------- no record
+
+
+@pytest.mark.parametrize("module", [table1, table2])
+def test_without_a_sweep_the_papers_rows_alone(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    paths = module.figure()
+    assert [path.name for path in paths] == [f"{module.TABLE.name}.{kind}" for kind in ("md", "tex", "csv")]
+    assert not (tmp_path / "mlflow.db").exists()
+    printed = capsys.readouterr().out
+    message = "Nothing of ours yet: no sweep 'convergence' is recorded. Make it with: python sweeps/convergence.py"
+    assert message in printed and message in paths[0].read_text()
+    assert set(pd.read_csv(paths[2])["source"]) == {"paper"}
+    with pytest.raises(SdditError, match=r"python sweeps/convergence\.py") as caught:
+        module.figure(paper=False)
+    assert caught.value.exit_status == 1
+
+
+def test_without_a_done_cell(store, tmp_path, capsys):
+    table1.figure("started", store, tmp_path)
+    assert "Nothing of ours yet: 1 cell recorded, none done with a score." in capsys.readouterr().out
+    with pytest.raises(SdditError, match="Nothing of ours yet: 1 cell"):
+        table1.figure("started", store, tmp_path, paper=False)
+
+
+def test_unknown_sweep(store, tmp_path):
+    with pytest.raises(UsageError, match="Did you mean 'convergence'"):
+        table1.figure("convergense", store, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def cells_of_markdown(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+@pytest.mark.parametrize("module", [table1, table2])
+def test_files(module, store, tmp_path, capsys):
+    paths = module.figure("convergence", store, tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-3:] == [str(path) for path in paths]
+    md, tex, frame = paths[0].read_text(), paths[1].read_text(), pd.read_csv(paths[2])
+    grid = [cells_of_markdown(line) for line in md.splitlines() if line.startswith("| ")]
+    assert {len(row) for row in grid} == {11 + len(module.TABLE.scores)}
+    assert len(grid) == 2 + 5 + len(module.TABLE.published) == 2 + len(frame)
+    assert grid[2][10] == "312.00 ± 24.84†" and grid[3][9:11] == ["n=1", "302.00†"]
+    for row, (_, values) in zip(grid[2:], frame.iterrows(), strict=True):
+        assert row[1].startswith(values["model"]) and row[10].startswith(f"{values['fid']:.2f}")
+    body = tex[tex.index(r"\toprule") : tex.index(r"\bottomrule")]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in rows} == {10 + len(module.TABLE.scores)}
+    assert len(rows) == 1 + len(frame) and body.count(r"\midrule") == 2  # below the head, and between ours and paper
+    assert tex.isascii()
+
+
+def test_same_data_same_bytes(store, tmp_path):
+    first, second = (table2.figure("convergence", store, tmp_path / name) for name in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_names_follow_the_sweep_and_paper_can_be_left_out(store, tmp_path):
+    paths = table1.figure("many", store, tmp_path, paper=False)
+    assert [path.name for path in paths] == ["table1-many.md", "table1-many.tex", "table1-many.csv"]
+    assert set(pd.read_csv(paths[2])["source"]) == {"ours"}
+    assert "arXiv" not in paths[0].read_text()
+
+
+HOSTILE = "50% of σ_T & τ|λ #1 {x} ~^\\ <b> *a* [l](u) $ 中 ± × – †"
+
+
+def hostile():
+    return markup.Text(HOSTILE, HOSTILE, ["a", HOSTILE], [["ours", HOSTILE], ["paper", HOSTILE]], [HOSTILE])
+
+
+def test_markdown_is_escaped():
+    lines = markup.markdown(hostile()).splitlines()
+    grid = [cells_of_markdown(line) for line in lines if line.startswith("| ")]
+    assert [len(row) for row in grid] == [2, 2, 2, 2]
+    assert r"\<b> \*a\* \[l\](u)" in grid[0][1]
+
+
+def test_latex_is_escaped():
+    text = markup.latex(hostile())
+    assert text.isascii() and "(U+4E2D)" in text
+    assert r"50\% of $\sigma$\_T \& $\tau$\textbar{}$\lambda$ \#1 \{x\} \textasciitilde{}\textasciicircum{}" in text
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no pdflatex")
+def test_latex_compiles(store, tmp_path):
+    tables_tex = [table2.figure("convergence", store, tmp_path)[1].read_text(), markup.latex(hostile())]
+    packages = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}"
+    document = "\n".join([packages, r"\begin{document}", *tables_tex, r"\end{document}"])
+    (tmp_path / "all.tex").write_text(document)
+    ran = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True
+    )
+    assert ran.returncode == 0, ran.stdout.decode(errors="replace")[-2000:]
+
+
+def test_folder_that_cannot_be_written(store, tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UsageError, match="--out"):
+        table1.figure("convergence", store, tmp_path / "taken")
+
+
+# ----------------------------------------------------------------------------------------------------------- script
+
+
+def script(what, *arguments, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.run(
+        [sys.executable, *what, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_scripts_neither_need_nor_import_torch_or_ray(store, tmp_path):
+    code = (
+        "import sys\n"
+        "from analysis import common, table1, table2, tables\n"
+        "for module in (table1, table2):\n"
+        "    common.run(lambda: tables.main(module.TABLE, None))\n"
+        "assert not {'torch', 'ray', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    ran = script(["-c", code], "--sweep", "half", "--tracking-uri", store, "--no-paper", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "INFO" not in ran.stderr and "Traceback" not in ran.stderr
+    assert len(list((tmp_path / "figures").iterdir())) == 6
+
+
+@pytest.mark.parametrize("name", ["table1", "table2"])
+def test_script_without_a_record(name, tmp_path):
+    path = str(ROOT / "analysis" / f"{name}.py")
+    ran = script([path], "--out", "out", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "Nothing of ours yet" in ran.stdout and "SD-DiT-XL/2" in ran.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    ran = script([path], "--no-paper", cwd=tmp_path)
+    assert ran.returncode == 1 and "Make it with: python sweeps/convergence.py" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_errors_become_messages_and_exit_statuses(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` replaces it
+    for sweep, status, message in (
+        ("mixed", 2, "2 protocols"),
+        ("convergense", 2, "Did you mean 'convergence'?"),
+        ("started", 1, "Nothing of ours yet"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            common.run(lambda sweep=sweep: table1.figure(sweep, store, tmp_path, paper=False))
+        assert caught.value.code == status and message in capsys.readouterr().err
