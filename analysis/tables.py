@@ -23,11 +23,12 @@ MAX_ROWS = 30  # of ours
 OURS, PUBLISHED = "ours", "paper"
 COLUMNS = [
     "source", "model", "method", "size", "kind", "settings", "steps", "batch", "images", "epochs", "flops",
-    "relative_cost", "protocol", "seeds",
+    "relative_cost", "protocol", "sampler", "seeds",
 ]  # fmt: skip
 COUNTS = ("steps", "batch", "images", "seeds")
 REALS = ("epochs", "flops", "relative_cost")
 METHOD_FIELDS = ("method.name", "diffusion.kind", "model.size")  # what makes a row; other fields set rows apart
+SAMPLER_FIELDS = ("eval.sampler", "eval.sampler_steps", "train.ema")
 
 Row = dict[str, Any]  # of the csv file
 
@@ -50,7 +51,7 @@ class TableData:
 
     Its columns: source ('ours' or 'paper'), model, method, size, kind, settings (what sets the row apart from others
     of its model), steps, batch, images, epochs, flops, relative_cost (training FLOPs of one image, those of DiT of the
-    same size being 1), protocol, seeds; each score's mean with SCORE_low and SCORE_high (95 % t-interval) and
+    same size being 1), protocol, sampler, seeds; each score's mean with SCORE_low and SCORE_high (95 % t-interval) and
     SCORE_seeds; not_comparable and notes (texts; empty where there is nothing to say).
     """
 
@@ -208,6 +209,7 @@ def _our_row(members: list[Final], settings: str, scores: tuple[str, ...]) -> Ro
         "epochs": steps * batch / count if count else None,
         "flops": values.get(FLOPS),
         "protocol": _protocol(fields),
+        "sampler": "{}, {} steps, {}".format(*(fields.get(name, "unknown") for name in SAMPLER_FIELDS)),
         "seeds": len(members),
         "not_comparable": _not_comparable(fields, tags),
         "notes": "",
@@ -344,6 +346,9 @@ def _our_remarks(final: pd.DataFrame, cells: pd.DataFrame, rows: list[Row], scor
     of = f" of {len(cells)}" if len(cells) > len(final) else ""
     first = f"Ours: the last step of {len(final)}{of} cells, never the best; {spread}. "
     remarks = [first + common.provenance(final, cells[cells["identity"].isin(final["identity"])])]
+    remarks.append(
+        f"Ours are trained under the formulation of their authors unless another is named. {_samplers(rows)}"
+    )
     rest = cells[~cells["identity"].isin(final["identity"])]
     if len(rest):
         words = {**STATE_WORDS, "done": "done but without a score at its last step"}
@@ -355,9 +360,19 @@ def _our_remarks(final: pd.DataFrame, cells: pd.DataFrame, rows: list[Row], scor
         )
     if any(np.isnan(row["relative_cost"]) for row in rows):
         remarks.append("× DiT needs a DiT of the same size in the sweep; where it is missing there is none.")
-    if unscored := [SCORES[score][:-2] for score in scores if not any(row[f"{score}_seeds"] for row in rows)]:
+    if unscored := [score for score in scores if not any(row[f"{score}_seeds"] for row in rows)]:
         remarks.append(f"Not scored in this sweep: {', '.join(unscored)}. The field eval.metrics asks for them.")
     return remarks
+
+
+def _samplers(rows: list[Row]) -> str:
+    """They belong to the method, not to the protocol, so they may differ from row to row."""
+    models: dict[str, dict[str, None]] = {}
+    for row in rows:
+        models.setdefault(row["sampler"], {})[row["model"]] = None
+    return (
+        "Sampler and weight average: " + "; ".join(f"{what} ({', '.join(who)})" for what, who in models.items()) + "."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- make

@@ -241,7 +241,7 @@ def build_network(experiment: Experiment) -> torch.nn.Module:
     """
     from sddit.models import build_network as build
 
-    shape, num_classes = _shape(experiment)
+    shape, num_classes = data_shape(experiment)
     return build(experiment, shape, num_classes)
 
 
@@ -341,7 +341,8 @@ def export_weights(
     return export_network(tensors, Implied(experiment, shape, num_classes), Path(out), form=form, vae=vae)
 
 
-def _shape(experiment: Experiment) -> tuple[tuple[int, int, int], int]:
+def data_shape(experiment: Experiment) -> tuple[tuple[int, int, int], int]:
+    """(C, H, W) and classes of the data, or where they are not at hand what `data.shape` and `num_classes` say."""
     from sddit.data import open_manifest
     from sddit.errors import DataError
 

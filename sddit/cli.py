@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sddit import presets
-from sddit.config import flatten, parse_assignment
+from sddit.config import parse_assignment
 from sddit.environment import check_environment
 from sddit.errors import UsageError, run_script
 
@@ -32,7 +32,7 @@ class Train:
     storage: str = "runs"
     """Folder or URI for checkpoints."""
     dry_run: bool = False
-    """Print the resolved experiment and stop."""
+    """Print every field with its value and source, parameters, FLOPs and memory, and stop."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """section.field=value, repeatable."""
 
@@ -43,8 +43,10 @@ class Train:
         method = changes.pop("method.name", self.method)
         experiment = presets.preset(self.preset)(size=self.size, method=method).replace(changes)
         if self.dry_run:
-            for field, value in flatten(experiment.model_dump(mode="json")).items():
-                print(f"{field} = {json.dumps(value)}")
+            from sddit.api import data_shape
+            from sddit.describe import describe
+
+            print(describe(self.preset, self.size, method, changes, *data_shape(experiment)))
             return
         from sddit.api import train
 

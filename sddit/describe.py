@@ -48,8 +48,8 @@ def costs(experiment: Experiment, shape: cost.Shape, classes: int) -> Iterator[s
 
 
 def _giga(count: float) -> str:
-    return f"{count / 1e9:,.2f} G" if count < 1e14 else f"{count / 1e12:,.1f} T"
+    return f"{count / 1e9:,.2f} G" if count < 1e12 else f"{count / 1e12:,.2f} T"
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

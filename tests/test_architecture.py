@@ -17,6 +17,7 @@ ALLOWED = {
     "seeding": set(),
     "presets": EVERYWHERE,
     "cost": EVERYWHERE,
+    "describe": EVERYWHERE,
     "models": EVERYWHERE,
     "diffusion": EVERYWHERE,
     "data": EVERYWHERE,
@@ -30,7 +31,7 @@ ALLOWED = {
     "orchestration": EVERYWHERE | {"environment", "cell", "training", "data", "metrics", "tracking", "results"},
     "api": EVERYWHERE
     | {"cell", "training", "checkpoints", "methods", "models", "data", "metrics", "tracking", "results"},
-    "cli": EVERYWHERE | {"environment", "api", "training"},
+    "cli": EVERYWHERE | {"describe", "environment", "api", "training"},
     "__init__": EVERYWHERE | {"api", "results"},
     "__main__": {"cli"},
 }

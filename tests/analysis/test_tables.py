@@ -141,7 +141,8 @@ def test_unfinished_cells_are_never_finals(store):
 
 
 def test_provenance_names_the_protocol(store):
-    remark = collected(store, "convergence").remarks[0]
+    remark, samplers, *_ = collected(store, "convergence").remarks
+    assert "dpmpp, 19 steps, power:6.94 (DiT-S/2, MDT-S/2); heun, 10 steps, power:6.94 (DiT-S/2 (EDM), " in samplers
     protocol = protocol_of(presets.digits())
     for part in ("13 cells, never the best", "n=1 has no interval", f"Protocol {protocol.digest} (", "Batch size 64."):
         assert part in remark
@@ -179,7 +180,7 @@ def test_table_2_shows_the_scores_there_are(store):
     frame = ours(data)
     assert list(frame["sfid_seeds"]) == [0, 0, 0, 0, 3]
     assert frame["sfid"].iloc[4] == pytest.approx(frame["fid"].iloc[4] / 2)
-    assert any("Not scored in this sweep: IS, Prec., Rec." in remark for remark in data.remarks)
+    assert any("Not scored in this sweep: is, precision, recall." in remark for remark in data.remarks)
     few = frame.iloc[4].to_dict() | {"sfid_seeds": 2}
     assert tables._scored(few, "sfid", "").endswith(" (n=2)")
 

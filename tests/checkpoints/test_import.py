@@ -237,6 +237,7 @@ BAD_FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_refused(tmp_path, name):
     write, project, message = BAD_FILES[name]

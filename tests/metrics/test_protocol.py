@@ -64,6 +64,16 @@ def test_any_two_guidance_scales_may_be_drawn_together():
     assert "guided" in guided[0].describe()
 
 
+def test_other_metrics_are_named_and_leave_the_digest_alone():
+    assert PROTOCOL.describe(["fid", "is", "recall"]).startswith(
+        "FID, IS, recall on digits-cnn features, 1,024 samples"
+    )
+    more = Protocol.from_experiment(EXPERIMENT.replace({"eval.metrics": ("fid", "kid")}), "d" * 64, "e" * 12)
+    assert more.digest == PROTOCOL.digest
+    # an ADM file's statistics and its images are two sets
+    assert dataclasses.replace(PROTOCOL, reference_subset="i" * 64).digest != PROTOCOL.digest
+
+
 def test_digest_is_pinned():
     # It is a tag of finished cells: another one would have them drawn apart from new ones.
     assert PROTOCOL.digest == "b049a3190b5e"
