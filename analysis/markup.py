@@ -90,7 +90,7 @@ def latex(text: Text) -> str:
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
-            r"\par\medskip\raggedright\footnotesize",
+            r"\par\medskip\raggedright\scriptsize",
             *(_latex(note) + r"\par" for note in text.notes),
             r"\end{table}",
             "",

@@ -14,7 +14,7 @@ from analysis import common, paper, tables
 
 TABLE = tables.Table(
     name="table1",
-    title="Table 1, convergence: FID at the last step",
+    title="Convergence (the paper's Table 1): FID at the last step",
     sweep="convergence",
     published=paper.TABLE_1,
     scores=("fid",),

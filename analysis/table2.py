@@ -15,7 +15,7 @@ from analysis import common, paper, tables
 
 TABLE = tables.Table(
     name="table2",
-    title="Table 2, system level: scores at the last step",
+    title="System level (the paper's Table 2): scores at the last step",
     sweep="convergence",
     published=paper.TABLE_2,
     scores=tuple(tables.SCORES),

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import common, markup, paper, style
+from analysis import common, finals, markup, paper
 from analysis.plot_mask_ratio import STATE_WORDS
-from sddit.config import METHOD_CONFIGS, SIZE_GRIDS, Eval, Experiment
-from sddit.errors import SdditError, UsageError
+from sddit.errors import SdditError
 from sddit.results import load_cells, load_results, sweep_names
 
 SCORES = {"fid": "FID ↓", "sfid": "sFID ↓", "is": "IS ↑", "precision": "Prec. ↑", "recall": "Rec. ↑"}
-FLOPS = "cost/flops"
-MAX_ROWS = 30  # of ours
-OURS, PUBLISHED = "ours", "paper"
 COLUMNS = [
     "source", "model", "method", "size", "kind", "settings", "steps", "batch", "images", "epochs", "flops",
     "relative_cost", "protocol", "sampler", "seeds",
 ]  # fmt: skip
 COUNTS = ("steps", "batch", "images", "seeds")
 REALS = ("epochs", "flops", "relative_cost")
-METHOD_FIELDS = ("method.name", "diffusion.kind", "model.size")  # what makes a row; other fields set rows apart
-SAMPLER_FIELDS = ("eval.sampler", "eval.sampler_steps", "train.ema")
-
-Row = dict[str, Any]  # of the csv file
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ def read(table: Table, sweep: str, tracking_uri: str | None = None) -> tuple[pd.
     """
     if sweep == table.sweep and sweep not in sweep_names(tracking_uri):
         return None
-    return load_results(sweep, tracking_uri, metrics=[FLOPS]), load_cells(sweep, tracking_uri)
+    return load_results(sweep, tracking_uri, metrics=[finals.FLOPS]), load_cells(sweep, tracking_uri)
 
 
 def collect(
@@ -91,19 +82,19 @@ def collect(
         UsageError: the cells differ in protocol, or in so much that no table can show it.
         SdditError: there is nothing to show.
     """
-    rows: list[Row] = []
+    rows: list[finals.Row] = []
     remarks: list[str] = []
     if results is None or cells is None:
         nothing = f"Nothing of ours yet: no sweep {table.sweep!r} is recorded. Make it with: {_command(table)}"
     else:
-        final = final_scores(results, cells, table.scores)
+        final = finals.final_scores(results, cells, table.scores)
         nothing = (
             f"Nothing of ours yet: {common.counted(len(cells), 'cell')} recorded, none done with a score. Run the "
             f"sweep again to resume it, e.g. {_command(table)}"
         )
         if len(final):
             nothing = ""
-            rows = _our_rows(final, cells, table.scores)
+            rows = finals.our_rows(final, cells, table.scores)
             remarks += _our_remarks(final, cells, rows, table.scores)
     if nothing and not with_paper:
         raise SdditError(nothing)
@@ -117,7 +108,7 @@ def collect(
     return TableData(table, _frame(rows, table.scores), remarks, lead=nothing)
 
 
-def _frame(rows: list[Row], scores: tuple[str, ...]) -> pd.DataFrame:
+def _frame(rows: list[finals.Row], scores: tuple[str, ...]) -> pd.DataFrame:
     """The rows in typed columns, so that a count stays whole in the csv file where others lack it."""
     of_scores = [f"{score}{part}" for score in scores for part in ("", "_low", "_high", "_seeds")]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *of_scores, "not_comparable", "notes"])
@@ -125,140 +116,13 @@ def _frame(rows: list[Row], scores: tuple[str, ...]) -> pd.DataFrame:
     return frame.astype({name: "Int64" if name in COUNTS or name.endswith("_seeds") else "float64" for name in numbers})
 
 
-def final_scores(results: pd.DataFrame, cells: pd.DataFrame, scores: Iterable[str]) -> pd.DataFrame:
-    """The last evaluation of each cell that is done, whatever was better before; never of a stopped or failed one.
-
-    Raises:
-        UsageError: they were scored under several protocols.
-    """
-    columns = [f"eval/{score}" for score in scores if f"eval/{score}" in results]
-    done = results[(results["state"] == "done") & results["identity"].isin(cells["identity"])]
-    if done.empty or not columns:
-        return done[:0]
-    last = done.loc[done.groupby("identity")["step"].idxmax()]
-    reached = last["identity"].map(cells.set_index("identity")["step"])
-    last = last[last[columns].notna().any(axis=1) & (last["step"] >= reached)]
-    common.check_protocol(last)
-    return last
-
-
-class Final(NamedTuple):
-    """The end of a cell."""
-
-    fields: dict[str, Any]
-    tags: dict[str, str]
-    values: dict[Hashable, Any]  # of its last evaluation: step, metrics
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return tuple(str(self.fields.get(name, "")) for name in METHOD_FIELDS)
-
-
-def _our_rows(final: pd.DataFrame, cells: pd.DataFrame, scores: tuple[str, ...]) -> list[Row]:
-    """One row per (method, kind, size), apart where other fields or the last step differ; means over seeds."""
-    facts = {cell["identity"]: cell for cell in cells.to_dict("records")}
-    ends = []
-    for values in final.to_dict("records"):
-        cell = facts[values["identity"]]
-        ends.append(Final(_with_defaults(cell["params"]), cell["tags"], values))
-
-    varied: dict[tuple[str, ...], list[str]] = {}
-    for key, members in _grouped(ends, lambda end: end.key):
-        names = sorted({name for end in members for name in end.fields} - {"seed", *METHOD_FIELDS})
-        varied[key] = [name for name in names if len({repr(end.fields.get(name)) for end in members}) > 1]
-
-    def settings(end: Final) -> str:
-        return ", ".join(f"{name.rpartition('.')[2]} {end.fields.get(name)}" for name in varied[end.key])
-
-    groups = _grouped(ends, lambda end: (end.key, settings(end), end.values["step"]))
-    if len(groups) > MAX_ROWS:
-        names = sorted({name for apart in varied.values() for name in apart})
-        raise UsageError(
-            f"The cells differ in more than method, formulation, size and seed: {', '.join(names)}, which makes "
-            f"{len(groups)} rows, and at most {MAX_ROWS} can be shown. "
-            "For a sweep of many fields use: python analysis/plot_search.py --sweep NAME"
-        )
-    rows = [_our_row(members, apart, scores) for (_, apart, _), members in groups]
-    return _relative_to_dit(sorted(rows, key=_in_order))
-
-
-def _grouped(ends: list[Final], key: Callable[[Final], Any]) -> list[tuple[Any, list[Final]]]:
-    groups: dict[Any, list[Final]] = {}
-    for end in ends:
-        groups.setdefault(key(end), []).append(end)
-    return list(groups.items())
-
-
-def _our_row(members: list[Final], settings: str, scores: tuple[str, ...]) -> Row:
-    """The row of cells that differ in their seeds alone."""
-    fields, tags, values = members[0]
-    method, kind, size = members[0].key
-    name = style.METHOD_NAMES.get(method, method) + ("v2" if fields.get("method.version") == "v2" else "")
-    other_kind = method in METHOD_CONFIGS and kind and kind != _published_kind(method)
-    steps, batch, count = values["step"], fields["train.batch_size"], _training_images(fields, tags)
-    row = {
-        "source": OURS,
-        "model": f"{name}-{size}" + (f" ({kind.upper()})" if other_kind else ""),
-        "method": method,
-        "size": size,
-        "kind": kind,
-        "settings": settings,
-        "steps": steps,
-        "batch": batch,
-        "images": steps * batch,
-        "epochs": steps * batch / count if count else None,
-        "flops": values.get(FLOPS),
-        "protocol": _protocol(fields),
-        "sampler": "{}, {} steps, {}".format(*(fields.get(name, "unknown") for name in SAMPLER_FIELDS)),
-        "seeds": len(members),
-        "not_comparable": _not_comparable(fields, tags),
-        "notes": "",
-    }
-    for score in scores:
-        row |= _score(score, [end.values.get(f"eval/{score}") for end in members])
-    return row
-
-
-def _with_defaults(params: dict[str, Any]) -> dict[str, Any]:
-    """All fields of a cell. One that was added to the project after the cell had its default there."""
-    method, kind = params.get("method.name"), params.get("diffusion.kind")
-    if method not in METHOD_CONFIGS:
-        return params
-    plain: dict[str, Any] = {"method": {"name": method}} | ({"diffusion": {"kind": kind}} if kind else {})
-    return Experiment.parse(plain).digest_fields() | params
-
-
-def _score(name: str, values: list[float | None]) -> dict[str, float]:
-    """Mean and interval of a score under its column names; over infinite values there is no interval."""
-    known = [value for value in values if value is not None and not np.isnan(value)]
-    mean, low, high = np.nan, np.nan, np.nan
-    if known:
-        mean, low, high = common.t_interval(known) if np.isfinite(known).all() else (np.inf, np.nan, np.nan)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_seeds": len(known)}
-
-
-def _relative_to_dit(rows: list[Row]) -> list[Row]:
-    """With relative_cost, against the sweep's own DiT of that size: the record has FLOPs, not the images' shape."""
-    per_image = [np.nan if row["flops"] is None else row["flops"] / row["images"] for row in rows]
-    base: dict[str, float] = {}
-    for row, cost in zip(rows, per_image, strict=True):
-        if row["method"] == "dit" and (row["size"] not in base or row["kind"] == _published_kind("dit")):
-            base[row["size"]] = cost
-    costs = zip(rows, per_image, strict=True)
-    return [row | {"relative_cost": cost / base.get(row["size"], np.nan)} for row, cost in costs]
-
-
-def _published_kind(method: str) -> str:
-    return str(METHOD_CONFIGS[method].published_kind)  # type: ignore[attr-defined]
-
-
-def _published_row(row: paper.Published, scores: tuple[str, ...]) -> Row:
+def _published_row(row: paper.Published, scores: tuple[str, ...]) -> finals.Row:
     return {
-        "source": PUBLISHED,
+        "source": "paper",
         "model": row.model,
         "method": row.method,
         "size": row.size,
-        "kind": _published_kind(row.method) if row.method else None,
+        "kind": finals.published_kind(row.method) if row.method else None,
         "settings": "",
         "steps": row.steps,
         "batch": row.batch,
@@ -273,60 +137,6 @@ def _published_row(row: paper.Published, scores: tuple[str, ...]) -> Row:
     }
 
 
-def _in_order(row: Row) -> tuple[Any, ...]:
-    """Sort key: sizes from small to large, then methods as the style lists them, as in the paper."""
-
-    def rank(name: str, known: Iterable[str]) -> tuple[int, str]:
-        order = list(known)
-        return (order.index(name) if name in order else len(order)), name
-
-    letter, _, patch = row["size"].partition("/")
-    place = (rank(letter, SIZE_GRIDS["paper"]), patch, rank(row["method"], style.METHOD_NAMES))
-    return *place, row["model"], row["settings"], row["steps"]
-
-
-# ---------------------------------------------------------------------------------------------------- comparability
-
-
-def _protocol(fields: dict[str, Any]) -> str:
-    guidance = fields.get("eval.guidance", 1)
-    guided = f", guided {guidance:g}" if guidance != 1 else ""
-    return f"{fields.get('eval.extractor', 'unknown')}, N={int(fields.get('eval.samples', 0)):,}{guided}"
-
-
-def _not_comparable(fields: dict[str, Any], tags: dict[str, str]) -> str:
-    """Why a score of ours cannot be set beside the paper's; empty when it can."""
-    published = Eval()  # its defaults are the paper's protocol
-    reasons = []
-    if (extractor := fields.get("eval.extractor")) != published.extractor:
-        reasons.append(f"other features ({extractor})")
-    if (samples := fields.get("eval.samples", 0)) != published.samples:
-        reasons.append(f"{int(samples):,} samples instead of {published.samples:,}")
-    if (count := _reference_images(tags)) != paper.IMAGES:
-        images = f"{count:,} images" if count else "number of images not recorded"
-        reasons.append(f"other data ({tags.get('sddit.data', 'unknown')}, {images})")
-    if fields.get("model.grid", "paper") != "paper":
-        reasons.append(f"sizes of the {fields['model.grid']} grid")
-    if fields.get("eval.guidance", 1) != published.guidance:
-        reasons.append("guided")
-    if (weights := fields.get("eval.weights", published.weights)) != published.weights:
-        reasons.append(f"{weights} weights")
-    if (labels := fields.get("eval.labels", published.labels)) != published.labels:
-        reasons.append(f"{labels} labels")
-    return f"Not comparable with the paper's values: {', '.join(reasons)}." if reasons else ""
-
-
-def _reference_images(tags: dict[str, str]) -> int | None:
-    """How many images the scores are against, from the protocol in words (`Protocol.describe`)."""
-    found = re.search(r"against ([\d,]+) images", tags.get("sddit.protocol.text", ""))
-    return int(found[1].replace(",", "")) if found else None
-
-
-def _training_images(fields: dict[str, Any], tags: dict[str, str]) -> float | None:
-    count = _reference_images(tags)
-    return count * (1 - fields.get("data.hold_out", 0)) if count else None
-
-
 # ------------------------------------------------------------------------------------------------------------ words
 
 
@@ -334,7 +144,9 @@ def _command(table: Table) -> str:
     return f"python sweeps/{table.sweep}.py"
 
 
-def _our_remarks(final: pd.DataFrame, cells: pd.DataFrame, rows: list[Row], scores: tuple[str, ...]) -> list[str]:
+def _our_remarks(
+    final: pd.DataFrame, cells: pd.DataFrame, rows: list[finals.Row], scores: tuple[str, ...]
+) -> list[str]:
     """What the rows of ours are, under which protocol, and what is not in them."""
     seeds = sorted({row["seeds"] for row in rows})
     if seeds == [1]:
@@ -365,7 +177,7 @@ def _our_remarks(final: pd.DataFrame, cells: pd.DataFrame, rows: list[Row], scor
     return remarks
 
 
-def _samplers(rows: list[Row]) -> str:
+def _samplers(rows: list[finals.Row]) -> str:
     """They belong to the method, not to the protocol, so they may differ from row to row."""
     models: dict[str, dict[str, None]] = {}
     for row in rows:
@@ -422,14 +234,14 @@ def _missing(value: Any) -> bool:
     return bool(pd.isna(value))
 
 
-def _scored(row: Row, score: str, dagger: str) -> str:
+def _scored(row: finals.Row, score: str, dagger: str) -> str:
     """'8.10 ± 0.25†', and over how many seeds where these are fewer than the row's."""
     if _missing(row[score]):
         return markup.NONE
     half = row[f"{score}_high"] - row[score]
     spread = f" ± {half:.2f}" if np.isfinite(half) else ""
     seeds = row[f"{score}_seeds"]
-    fewer = f" (n={seeds:.0f})" if row["source"] == OURS and seeds != row["seeds"] else ""
+    fewer = f" (n={seeds:.0f})" if row["source"] == finals.SOURCE and seeds != row["seeds"] else ""
     return f"{row[score]:.2f}{spread}{fewer}{dagger}"
 
 

@@ -8,7 +8,8 @@ The loop calls, in every optimiser step and in this order (architecture.md §1.1
     optimiser.step()
     method.after_optimizer(step)                           # the teacher follows the student
     (sampling EMA of method.network)
-    diagnostics = method.end_step(step)                    # centres; what is known about the step, over all workers
+    method.end_step(step)                                  # centres
+    method.diagnostics()                                   # only where the loop logs: what is known about the step
 
 Methods know torch and torch.distributed, nothing of Ray, MLflow or files.
 """
@@ -79,10 +80,13 @@ class Method(nn.Module):
     def after_optimizer(self, step: int) -> None:
         """Follows the parameters just updated, e.g. a teacher."""
 
-    def end_step(self, step: int) -> dict[str, Tensor]:
-        """Last of a step: centres. Returns diagnostics over the global batch, by metric name without 'train/'.
+    def end_step(self, step: int) -> None:
+        """Last of a step: centres."""
 
-        They are detached scalars, left on the device: the loop reads them only where it logs.
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Detached scalars about the step just ended, over the global batch, by metric name without 'train/'.
+
+        Every worker calls it, where the loop logs.
         """
         return {}
 

@@ -1,7 +1,7 @@
 """Self-distillation between two views: head, targets, cross-entropy, and what the targets know (methods.md §6, §9).
 
 Letters: T tokens, K prototypes, z logits (cosine similarities to the prototypes), τ temperatures, P_T = targets from
-the teacher. All of it is float32, also under autocast. Sums run over the tokens of all workers.
+the teacher. From the cosines on all is float32, also under autocast. Sums run over the tokens of all workers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class ProjectionHead(nn.Module):
         uniform = ("uniform", 1 / math.sqrt(sizes[-1]))
         self.prototypes = Linear(sizes[-1], method.num_prototypes, bias=False, law=uniform)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """z/τ: the temperature goes to the short vectors, since a pass over all logits costs more than a layer."""
         x = layer_norm(tokens.float())
         for i, layer in enumerate(self.mlp):
             x = layer(F.gelu(x) if i else x)
         with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.prototypes.weight, dim=-1))
+            x = F.normalize(x.float(), dim=-1) / temperature
+            return F.linear(x, F.normalize(self.prototypes.weight, dim=-1))
 
 
 class Heads(nn.ModuleDict):
@@ -50,10 +52,11 @@ class Heads(nn.ModuleDict):
         names = ["shared"] if method.head_shared else ["cls", "patch"]
         super().__init__({name: ProjectionHead(method, width) for name in names})
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         if "shared" in self:
-            return self["shared"](tokens)
-        return torch.cat([self["cls"](tokens[:, :1]), self["patch"](tokens[:, 1:])], dim=1)
+            return self["shared"](tokens, temperature)
+        parts = self["cls"](tokens[:, :1], temperature), self["patch"](tokens[:, 1:], temperature)
+        return torch.cat(parts, dim=1)
 
 
 class Targets(nn.Module):
@@ -81,8 +84,10 @@ class Targets(nn.Module):
         if self.kind == "ema":
             ones = logits.new_ones(len(logits), 1)
             self.pending = sum_over_workers(*(group_sum(v, groups, self.num_groups) for v in (logits, ones)))
-            logits = logits - (self.centre if groups is None else self.centre[groups])
-        return torch.softmax(logits / temperature, dim=1)
+            scores = (logits - (self.centre if groups is None else self.centre[groups])).div_(temperature)
+        else:
+            scores = logits / temperature
+        return torch.softmax(scores, dim=1)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -110,10 +115,10 @@ def sinkhorn(scores: Tensor, iterations: int, groups: Tensor | None = None, num_
     return p
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """-Σ_k P_T[k] ln softmax(z/τ)[k] of each token: (..., K), (..., K) → (...), in nats."""
-    scores = logits.flatten(0, -2) / temperature
-    return F.cross_entropy(scores, targets.flatten(0, -2), reduction="none").view(logits.shape[:-1])
+def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """-Σ_k P_T[k] ln softmax(z/τ)[k] of each token: scores z/τ (..., K), P_T (..., K) → (...), in nats."""
+    ce = F.cross_entropy(scores.flatten(0, -2), targets.flatten(0, -2), reduction="none")
+    return ce.view(scores.shape[:-1])
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class SDDiTMethod(Method):
         self.network = network
         self.keep = masking.keep_count(network.num_tokens, options.mask_ratio)
         self.decoded = "visible" if options.masked_slots == "nothing" else "all"
-        self.information: dict[str, Tensor] = {}
+        self.targets_of_step: Tensor | None = None
         if not options.discriminates:
             return
 
@@ -108,8 +108,7 @@ class SDDiTMethod(Method):
         targets = self._targets(logits, ids_keep, step)
         for context, part in zip(contexts, targets.split([len(batch.x0) for batch in batches]), strict=True):
             context.targets = part
-        cls, patch = discrimination.information(targets[:, 0], targets[:, 1:].flatten(0, 1))
-        self.information = {"information_cls": cls, "information_patch": patch}
+        self.targets_of_step = targets
         return contexts
 
     def _context(self, batch: Batch) -> Context:
@@ -183,7 +182,7 @@ class SDDiTMethod(Method):
         parts = {"generative": total.detach()}
 
         if context.targets is not None:
-            tokens_ce = discrimination.cross_entropy(self.heads(encoded), context.targets, options.tau_student)
+            tokens_ce = discrimination.cross_entropy(self.heads(encoded, options.tau_student), context.targets)
             cls, patch = tokens_ce[:, 0], tokens_ce[:, 1:].mean(dim=1)
             total = total + self.lambda_d(step) * (cls + patch).mean()
             parts |= {"discriminative_cls": cls.detach().mean(), "discriminative_patch": patch.detach().mean()}
@@ -218,8 +217,15 @@ class SDDiTMethod(Method):
         end, horizon = options.teacher_momentum_end, options.teacher_momentum_horizon
         return discrimination.cosine(options.teacher_momentum, end, step, horizon)
 
-    def end_step(self, step: int) -> dict[str, Tensor]:
+    def end_step(self, step: int) -> None:
         if self.options.discriminates:
             self.targets_cls.update()
             self.targets_patch.update()
-        return self.information
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """The information of the step's targets: healthy or collapsed (methods.md §8.4(7))."""
+        if self.targets_of_step is None:
+            return {}
+        cls, patch = self.targets_of_step[:, 0], self.targets_of_step[:, 1:].flatten(0, 1)
+        names = ("information_cls", "information_patch")
+        return dict(zip(names, discrimination.information(cls, patch), strict=True))

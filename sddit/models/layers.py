@@ -118,8 +118,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        k = torch.arange(TIME_FREQUENCIES, dtype=torch.float64)
-        self.register_buffer("frequencies", (10_000.0 ** -(k / TIME_FREQUENCIES)).float(), persistent=False)
+        # In float32 as published: at t = 999 the last bit of a frequency is 1e-5 of the output.
+        k = torch.arange(TIME_FREQUENCIES, dtype=torch.float32)
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * k / TIME_FREQUENCIES), persistent=False)
         self.hidden = Linear(2 * TIME_FREQUENCIES, width, law=("normal", 0.02))
         self.out = Linear(width, width, law=("normal", 0.02))
 

@@ -158,17 +158,17 @@ def train(
             state.optimizer.zero_grad(set_to_none=True)
             method.after_optimizer(step)
             state.ema.update(step + 1)
-            diagnostics = method.end_step(step)
+            method.end_step(step)
             state.step = step = step + 1
 
             if step % options.log_every == 0:
                 parts = {"loss": totals.mean()}
                 for name in losses[0].parts:
                     parts[f"loss_{name}"] = torch.stack([x.parts[name].float() for x in losses]).mean()
-                means = distributed.mean(parts)  # a collective: every worker
+                means, health = distributed.mean(parts), method.diagnostics()  # collectives: every worker
                 clocks.add(train=lap(), workers=world_size)
                 metrics = {f"train/{k}": v for k, v in means.items()}
-                metrics |= {f"train/{k}": float(v) for k, v in diagnostics.items()}
+                metrics |= {f"train/{k}": float(v) for k, v in health.items()}
                 images = step * options.batch_size
                 metrics["train/images_per_s"] = (images - logged_images) / (clocks.train_seconds - logged_seconds)
                 logged_images, logged_seconds = images, clocks.train_seconds
@@ -193,9 +193,9 @@ def train(
                     setting = Setting(method, network, extractor, real, train_images, unseen, device, result)
                     result.metrics |= diagnose(final, setting)
                 clocks.add(evaluation=lap(), workers=world_size)
-                last_metrics = result.metrics
+                last_metrics, health = result.metrics, method.diagnostics()
                 if rank == 0:
-                    if not warned and (warning := collapse(experiment, step, diagnostics)):
+                    if not warned and (warning := collapse(experiment, step, health)):
                         warned = True
                         log.warning(warning)
                         warnings.warn(warning, stacklevel=2)
@@ -262,12 +262,12 @@ class FiniteGuard:
         )
 
 
-def collapse(experiment: Experiment, step: int, diagnostics: dict[str, Tensor]) -> str | None:
+def collapse(experiment: Experiment, step: int, health: dict[str, Tensor]) -> str | None:
     """A sentence when the targets of the discriminative loss carry no information any more (methods.md §8.4(7))."""
     threshold = getattr(experiment.method, "collapse_threshold", None)
     if threshold is None or step < experiment.method.collapse_after:  # type: ignore[union-attr]
         return None
-    dead = {k.removeprefix("information_"): float(v) for k, v in diagnostics.items() if float(v) < threshold}
+    dead = {k.removeprefix("information_"): float(v) for k, v in health.items() if float(v) < threshold}
     if not dead:
         return None
     which = " and ".join(f"{k} {v:.3f} nat" for k, v in dead.items())

@@ -169,7 +169,7 @@ class Reference:
         return torch.einsum("nhwpqc->nchpwq", tokens.view(b, side, side, p, p, -1)).reshape(b, -1, side * p, side * p)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        angles = t.float()[:, None] * 10_000 ** (-torch.arange(128) / 128)
+        angles = t.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
         h = silu(self.linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1)))
         table = self.s["y_embedder.embedding_table.weight"]
         if self.project == "maskdit":

@@ -54,7 +54,8 @@ def step_of(method: SDDiTMethod, model: torch.nn.Module, sizes: list[int], first
             losses = model(batch, context, 3)
             (losses.total / len(batches)).backward()
         per_image.append(losses.per_image)
-    information = method.end_step(3)
+    method.end_step(3)
+    information = method.diagnostics()
     return {
         "targets": torch.cat([context.targets for context in contexts]),
         "per_image": torch.cat(per_image),

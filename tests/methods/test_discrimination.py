@@ -51,9 +51,9 @@ def test_random_head(law: str, std: float) -> None:
     torch.testing.assert_close(norms, torch.ones(8192))
     for tau, same, entropy in ((0.04, 8.24, 7.81), (0.07, 8.65, 8.61)):
         targets = (z / tau).softmax(1)
-        assert disc.cross_entropy(z, targets, 0.1).mean().item() == pytest.approx(same, abs=0.03)
+        assert disc.cross_entropy(z / 0.1, targets).mean().item() == pytest.approx(same, abs=0.03)
         assert torch.special.entr(targets).sum(1).mean().item() == pytest.approx(entropy, abs=0.03)
-        assert same + 0.3 < disc.cross_entropy(other, targets, 0.1).mean().item() < 9.3
+        assert same + 0.3 < disc.cross_entropy(other / 0.1, targets).mean().item() < 9.3
 
 
 def test_separate_heads_start_apart_and_keep_to_their_tokens() -> None:
@@ -66,14 +66,19 @@ def test_separate_heads_start_apart_and_keep_to_their_tokens() -> None:
     torch.testing.assert_close(logits[:, 1:], heads["patch"](tokens[:, 1:]))
 
 
-def test_head_stays_in_float32_under_autocast() -> None:
+def test_logits_are_float32_under_autocast() -> None:
+    """The MLP computes as the encoder does; cosines with the prototypes keep their digits."""
     head = disc.ProjectionHead(config(head_hidden=16, head_bottleneck=4), 8)
     keyed_init_(head, 0)
-    tokens = torch.randn(3, 8)
+    tokens, seen = torch.randn(3, 8), []
+    head.mlp[-1].register_forward_hook(lambda _m, _i, output: seen.append(output))
     with torch.autocast("cpu", torch.bfloat16):
         logits = head(tokens)
-    assert logits.dtype == torch.float32
-    assert torch.equal(logits, head(tokens))
+    assert seen[0].dtype == torch.bfloat16 and logits.dtype == torch.float32
+    x = torch.nn.functional.normalize(seen[0].float(), dim=-1)
+    assert torch.equal(logits, x @ torch.nn.functional.normalize(head.prototypes.weight, dim=-1).T)
+    torch.testing.assert_close(logits, head(tokens), atol=0.02, rtol=0)
+    torch.testing.assert_close(head(tokens, 0.1), head(tokens) / 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------ cross-entropy
@@ -83,21 +88,21 @@ def test_head_stays_in_float32_under_autocast() -> None:
 def test_equal_logits_cost_ln_k(k: int, value: float) -> None:
     z = torch.full((2, 1, k), 0.3)
     targets = disc.Targets(config(num_prototypes=k))(z[:, 0], 0.04)
-    assert disc.cross_entropy(z[:, 0], targets, 0.1).tolist() == pytest.approx([value] * 2, rel=1e-6)
+    assert disc.cross_entropy(z[:, 0] / 0.1, targets).tolist() == pytest.approx([value] * 2, rel=1e-6)
 
 
 def test_two_classes() -> None:
     teacher = torch.tensor([[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]])
     student = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
     targets = disc.Targets(config(num_prototypes=2))(teacher, 0.1)
-    assert disc.cross_entropy(student, targets, 0.2).tolist() == pytest.approx([0.6085] * 3, abs=5e-5)
+    assert disc.cross_entropy(student / 0.2, targets).tolist() == pytest.approx([0.6085] * 3, abs=5e-5)
 
 
 def test_greatest_probability_of_one_logit() -> None:
     z = torch.zeros(1, 8192)
     z[0, 0] = 1
     one_hot = torch.nn.functional.one_hot(torch.tensor([0]), 8192).float()
-    assert math.exp(-disc.cross_entropy(z, one_hot, 0.1).item()) == pytest.approx(0.7289, abs=5e-5)
+    assert math.exp(-disc.cross_entropy(z / 0.1, one_hot).item()) == pytest.approx(0.7289, abs=5e-5)
 
 
 @given(st.integers(0, 1000), st.floats(0.03, 0.3), st.floats(0.03, 0.3))
@@ -105,8 +110,8 @@ def test_cross_entropy_is_at_least_the_entropy(seed: int, tau_s: float, tau_t: f
     z_s, z_t = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(seed)).tanh()
     targets = disc.Targets(config())(z_t, tau_t)
     entropy = torch.special.entr(targets).sum(1)
-    assert (disc.cross_entropy(z_s, targets, tau_s) >= entropy - 1e-5).all()
-    torch.testing.assert_close(disc.cross_entropy(z_t, targets, tau_t), entropy, atol=1e-4, rtol=1e-4)
+    assert (disc.cross_entropy(z_s / tau_s, targets) >= entropy - 1e-5).all()
+    torch.testing.assert_close(disc.cross_entropy(z_t / tau_t, targets), entropy, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ centring

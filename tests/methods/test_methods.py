@@ -78,8 +78,8 @@ def test_accumulation_changes_nothing(name: str, count: int) -> None:
     for (key, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
-    for key, value in whole.end_step(0).items():
-        assert parts.end_step(0)[key].item() == pytest.approx(value.item(), abs=1e-5)
+    for key, value in whole.diagnostics().items():
+        assert parts.diagnostics()[key].item() == pytest.approx(value.item(), abs=1e-5)
 
 
 @every_combination

@@ -80,7 +80,7 @@ def test_without_the_discriminative_loss_there_is_only_the_generator() -> None:
     assert {name.split(".")[0] for name in method.state_dict()} == {"network"}
     (losses,) = run_step(method, [make_batch(method)])
     method.after_optimizer(0)
-    assert losses.parts.keys() == {"generative"} and not method.end_step(0)
+    assert losses.parts.keys() == {"generative"} and not method.diagnostics()
     with pytest.raises(UsageError, match=r"method.stop_gradient is true and method.lambda_d is 0"):
         untouched(lambda_d=0.0, stop_gradient=True)
 
@@ -301,7 +301,7 @@ def test_reachability_of_the_discriminative_loss() -> None:
 def test_cls_says_nothing_at_first(centring: str) -> None:
     method = untouched(centring=centring)
     run_step(method, [make_batch(method, 32)])
-    information = method.end_step(0)
+    information = method.diagnostics()
     assert information.keys() == {"information_cls", "information_patch"}
     assert information["information_cls"].item() == pytest.approx(0, abs=1e-4)
     assert information["information_patch"].item() > 0.01
@@ -311,7 +311,7 @@ def test_information_is_that_of_the_targets() -> None:
     method = build()
     (context,) = method.begin_step([make_batch(method, 8)], 0)
     cls, patch = disc.information(context.targets[:, 0], context.targets[:, 1:].reshape(-1, 64))
-    assert method.end_step(0) == {"information_cls": cls, "information_patch": patch}
+    assert method.diagnostics() == {"information_cls": cls, "information_patch": patch}
 
 
 def test_centres_move_at_the_end_of_the_step() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import harness
 import numpy as np
 import pytest
-from commands import run
 from diagnosed import ALL
 from tiny import experiment
 
@@ -78,10 +77,9 @@ def test_held_out_images_can_be_given_later(trained, tmp_path):
 
 
 def test_from_images_to_scores(folder, tmp_path, command):
-    built = run("-m", "sddit", "reference", "digits", cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
-    about = json.loads(built.stdout)
-    assert about["images"] == 1797 and Path(about["path"]).stat().st_size == about["bytes"]
+    status, printed, _ = command("reference", "digits")
+    about = json.loads(printed)
+    assert status == 0 and about["images"] == 1797 and Path(about["path"]).stat().st_size == about["bytes"]
     before = Path(about["path"]).read_bytes()
     in_python = sddit.evaluate(DIGITS[:300])
     for reference in ("digits", about["path"], Path(about["path"]).stem):
