@@ -16,20 +16,30 @@ from sddit.config import Experiment
 from sddit.errors import SdditError
 
 if TYPE_CHECKING:
-    from sddit.api import TrainResult, build_network, evaluate, load_network, sample, train
+    from sddit.api import (
+        TrainResult,
+        build_network,
+        build_reference,
+        diagnose,
+        evaluate,
+        export_weights,
+        import_weights,
+        load_network,
+        sample,
+        train,
+    )
     from sddit.results import load_results
-
-_WHERE = {
-    **dict.fromkeys(("TrainResult", "build_network", "evaluate", "load_network", "sample", "train"), "sddit.api"),
-    "load_results": "sddit.results",  # pandas takes half a second to import
-}
 
 __all__ = [
     "Experiment",
     "SdditError",
     "TrainResult",
     "build_network",
+    "build_reference",
+    "diagnose",
     "evaluate",
+    "export_weights",
+    "import_weights",
     "load_network",
     "load_results",
     "presets",
@@ -39,8 +49,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module 'sddit' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    # Both take a moment to import, for what they import: numpy, or pandas.
+    return getattr(importlib.import_module("sddit.results" if name == "load_results" else "sddit.api"), name)

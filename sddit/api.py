@@ -47,7 +47,7 @@ def train(
 
     from sddit import results
     from sddit.cell import CellSpec, run_cell
-    from sddit.data import open_manifest
+    from sddit.data import content_digest, open_manifest
     from sddit.metrics.check import check_evaluation
     from sddit.tracking import SweepRecord, resolve_uri
     from sddit.training.store import CheckpointStore
@@ -56,7 +56,7 @@ def train(
         raise UsageError("sddit.train uses this process alone. Use a sweep with --workers for more.")
     manifest = open_manifest(experiment.data.path)
     check_evaluation(experiment, manifest)
-    identity = experiment.identity(manifest.digest)
+    identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
     root = str(storage) if "://" in str(storage) else str(Path(storage).absolute())
     folder = f"{root}/{name}/{identity}"
     CheckpointStore(folder).check_writable()
@@ -236,7 +236,8 @@ def is_checkpoint(path: str | Path) -> bool:
 def build_network(experiment: Experiment) -> torch.nn.Module:
     """The trainable generator of an experiment, with its initial weights: ``net(x, noise, y) -> F``.
 
-    x (B, C, H, W) as the network sees it; noise (B,) is ln(sigma)/4; y (B,) int64, the null class is num_classes.
+    x (B, C, H, W) as the network sees it; noise (B,) is ln(sigma)/4 under EDM, the original step index under IDDPM;
+    y (B,) int64, the null class is num_classes. F has C channels under EDM, 2C under IDDPM (noise, then variance).
     Shape and classes come from the data's manifest, or from `data.shape` and `data.num_classes` without data.
     """
     from sddit.models import build_network as build

@@ -45,7 +45,7 @@ def run_cell(
     """
     import torch
 
-    from sddit.data import open_manifest
+    from sddit.data import content_digest, open_manifest
     from sddit.data.sampler import BatchSampler
     from sddit.data.shards import Shards
     from sddit.methods import build_method
@@ -60,10 +60,11 @@ def run_cell(
     where = torch.device(device)
     with _own_settings(experiment.resources.cpus_per_worker):
         manifest = open_manifest(experiment.data.path)
-        if experiment.identity(manifest.digest) != spec.identity:
+        identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+        if identity != spec.identity:
             raise UsageError(
                 f"The data at {experiment.data.path} are not those the cell was planned with "
-                f"(identity {experiment.identity(manifest.digest)}, planned {spec.identity})."
+                f"(identity {identity}, planned {spec.identity})."
             )
         metrics = diagnostics.metrics_of(experiment)
         extractor = features.get_extractor(experiment.eval.extractor, where, metrics)

@@ -1,6 +1,7 @@
 """``import sddit`` and the command ``sddit`` as the README shows them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -101,5 +102,7 @@ def test_bad_input_to_the_command(tmp_path, arguments, message, status):
 
 def test_a_dry_run_prints_every_field(tmp_path):
     done = run("-m", "sddit", "train", "--dry-run", "--set", "method.mask_ratio=0.5", cwd=tmp_path)
-    assert done.returncode == 0 and "method.mask_ratio = 0.5" in done.stdout and "train.ema" in done.stdout
+    fields = dict(re.findall(r"^([\w.]+) += (\S+)", done.stdout, re.MULTILINE))
+    assert done.returncode == 0 and fields["method.mask_ratio"] == "0.5" and "train.ema" in fields
+    assert "Parameters" in done.stdout and "# given" in done.stdout
     assert list(tmp_path.iterdir()) == []

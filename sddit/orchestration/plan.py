@@ -12,7 +12,7 @@ import pandas as pd
 
 from sddit import cost
 from sddit.config import Experiment, flatten
-from sddit.data import open_manifest
+from sddit.data import content_digest, open_manifest
 from sddit.data.manifest import Manifest
 from sddit.errors import UsageError
 
@@ -67,7 +67,8 @@ def make_cell(base: Experiment, values: Mapping[str, Any], seed: int) -> Cell:
     experiment = base.replace({**values, "seed": seed})
     manifest = open_manifest(experiment.data.path)
     fields = flatten(experiment.model_dump())
-    return Cell({k: fields[k] for k in values}, experiment, experiment.identity(manifest.digest), manifest)
+    identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+    return Cell({k: fields[k] for k in values}, experiment, identity, manifest)
 
 
 def grid(base: Experiment, axes: Mapping[str, list[Any]], seeds: int) -> list[Cell]:
