@@ -14,7 +14,6 @@ from sddit.data.manifest import Manifest, cache_dir, open_manifest
 DATASETS: dict[str, Callable[[Path], Manifest]] = {"digits": write_digits}
 
 
-
 def content_digest(manifest: Manifest, test_path: str | None) -> str:
     """What an identity knows of an experiment's data: the content of the training set and, if given, the test set.
 

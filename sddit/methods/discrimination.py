@@ -81,13 +81,22 @@ class Targets(nn.Module):
         """P_T (T, K) of all teacher tokens of this worker, all micro-batches together. `groups` (T,) int64."""
         if self.kind == "sinkhorn":
             return sinkhorn(logits / temperature, self.iterations, groups, self.num_groups)
+        self.observe(logits, groups)
+        return torch.softmax(self.centre_(logits.clone(), temperature, groups), dim=1)
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor, groups: Tensor | None = None) -> None:
+        """Counts all tokens (..., K) of this worker, in `groups` (...), into the step's mean."""
         if self.kind == "ema":
-            ones = logits.new_ones(len(logits), 1)
+            ones = logits.new_ones(logits[..., :1].shape)
             self.pending = sum_over_workers(*(group_sum(v, groups, self.num_groups) for v in (logits, ones)))
-            scores = (logits - (self.centre if groups is None else self.centre[groups])).div_(temperature)
-        else:
-            scores = logits / temperature
-        return torch.softmax(scores, dim=1)
+
+    @torch.no_grad()
+    def centre_(self, logits: Tensor, temperature: float, groups: Tensor | None = None) -> Tensor:
+        """(z - c)/τ of tokens (..., K), in place: at K = 8192 every further copy costs as much as a layer."""
+        if self.kind == "ema":
+            logits.sub_(self.centre[0] if groups is None else self.centre[groups])
+        return logits.div_(temperature)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -145,10 +154,11 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 
 def group_sum(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
-    """Sums of the rows (T, K) by group: (G, K)."""
+    """Sums of the vectors in (..., K) by group: (G, K)."""
     if groups is None:
-        return values.sum(dim=0, keepdim=True)
-    return values.new_zeros(num_groups, values.shape[1]).index_add_(0, groups, values)
+        return values.sum(dim=tuple(range(values.ndim - 1)))[None]
+    zeros = values.new_zeros(num_groups, values.shape[-1])
+    return zeros.index_add_(0, groups.flatten(), values.flatten(0, -2))
 
 
 def sum_over_workers(*tensors: Tensor) -> list[Tensor]:

@@ -144,19 +144,32 @@ class SDDiTMethod(Method):
     def _targets(self, logits: Tensor, ids_keep: Tensor | None, step: int) -> Tensor:
         """P_T (B, 1 + K, P). Centre and balance over all tokens that the teacher saw, then keep the visible ones."""
         options, (b, n, p) = self.options, logits[:, 1:].shape
-        seen_by_student = options.teacher_tokens == "visible" and ids_keep is not None
-        groups = None
+        drop = ids_keep if options.teacher_tokens == "all" else None  # what is left to leave out
+        positions = None
         if options.centre_per_position:
-            positions = torch.arange(n, device=logits.device).expand(b, n)
-            groups = (ids_keep if ids_keep is not None and seen_by_student else positions).flatten()
-        warm = discrimination.ramp(
+            everywhere = torch.arange(n, device=logits.device).expand(b, n)
+            positions = everywhere if drop is not None or ids_keep is None else ids_keep
+        tau_cls, tau_patch = options.tau_teacher_cls, self.tau_teacher(step)
+        if options.centring == "sinkhorn":
+            cls = self.targets_cls(logits[:, 0], tau_cls)
+            flat = positions.flatten() if positions is not None else None
+            patch = self.targets_patch(logits[:, 1:].flatten(0, 1), tau_patch, flat).view(b, n, p)
+            return torch.cat([cls[:, None], patch if drop is None else masking.gather(patch, drop)], dim=1)
+        self.targets_cls.observe(logits[:, :1])
+        self.targets_patch.observe(logits[:, 1:], positions)
+        if drop is not None:
+            logits = masking.gather(logits, torch.cat([torch.zeros_like(drop[:, :1]), drop + 1], dim=1))
+            positions = drop if positions is not None else None
+        self.targets_cls.centre_(logits[:, :1], tau_cls)
+        self.targets_patch.centre_(logits[:, 1:], tau_patch, positions)
+        return torch.softmax(logits, dim=2)
+
+    def tau_teacher(self, step: int) -> float:
+        """τ_T of the patches: linear warm-up, then constant."""
+        options = self.options
+        return discrimination.ramp(
             options.tau_teacher_start, options.tau_teacher, step, options.tau_teacher_warmup_steps
         )
-        cls = self.targets_cls(logits[:, 0], options.tau_teacher_cls)
-        patch = self.targets_patch(logits[:, 1:].flatten(0, 1), warm, groups).view(b, n, p)
-        if ids_keep is not None and not seen_by_student:
-            patch = masking.gather(patch, ids_keep)
-        return torch.cat([cls[:, None], patch], dim=1)
 
     # ------------------------------------------------------------------------------------------------------ the loss
 
