@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sddit.errors import UsageError
@@ -37,7 +38,9 @@ def random_mask(noise: Tensor, keep: int) -> Mask:
 
 def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     """The tokens at `ids`: (B, N, D), (B, K) → (B, K, D)."""
-    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+    b, n, d = tokens.shape
+    rows = ids + n * torch.arange(b, device=ids.device)[:, None]  # whole rows: faster than `torch.gather`
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(b, -1, d)
 
 
 def scatter(into: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
