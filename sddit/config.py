@@ -61,7 +61,7 @@ class MaskDiT(Section):
     mask_ratio: Rate = 0.5
     mask_schedule: Literal["constant", "linear", "cosine4", "exp"] = "constant"  # from mask_ratio ...
     mask_ratio_end: Rate = 0.0  # ... to here ...
-    mask_horizon: Count | None = None  # ... over this many steps; the unmasking fine-tune
+    mask_horizon: Count | None = None  # ... over this many steps from step 0
     lambda_mae: Annotated[float, Field(ge=0)] = 0.1  # 0: no mask token, zeros in its place
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class SDDiT(Section):
     masked_slots: Literal["noisy", "zeros", "nothing"] = "noisy"  # what the decoder receives where the encoder saw
     # nothing; 'nothing' decodes the visible tokens alone, so that L_G has no others
     generative_tokens: Literal["all", "visible"] = "all"  # tokens in L_G
-    stop_gradient: bool = False  # True: L_G does not reach the encoder
+    stop_gradient: bool = False  # True: L_G does not reach the encoder, its embedders included
     decoder: Literal["light", "last_blocks", "wide"] = "light"  # of model.decoder_*; the model's own last blocks, with
     # nothing between; or model.decoder_depth blocks as wide as the encoder's
     last_blocks: Count | None = None  # None: a third of the model's depth
@@ -148,10 +148,10 @@ class SDDiT(Section):
         for field in ("teacher_momentum", "lambda_d"):
             if (getattr(self, f"{field}_end") is None) != (getattr(self, f"{field}_horizon") is None):
                 raise ValueError(f"{field}_end and {field}_horizon must be given together, or neither")
-        if self.stop_gradient and not self.discriminates:
+        if self.stop_gradient and not (self.discriminates and self.lambda_d_end != 0):
             raise ValueError(
-                "method.stop_gradient is true and method.lambda_d is 0, so that nothing would train the encoder. "
-                "Change either"
+                "method.stop_gradient is true and method.lambda_d is 0 or ends there, so that nothing would train the "
+                "encoder. Change either"
             )
         if self.cls_in_decoder != "removed" and not self.cls_at_inference:
             raise ValueError(
@@ -447,10 +447,9 @@ class Experiment(Section):
 
         DiT and MDT, under IDDPM, guide the first three channels alone; MDT by a power-cosine.
         """
-        iddpm = self.diffusion.kind == "iddpm"
-        published = "power-cosine" if iddpm and self.method.name == "mdt" else "constant"
-        rule = self.eval.guidance_rule or published
-        return rule, self.eval.guidance_channels or ("three" if iddpm else "all")
+        method = self.method.name if self.diffusion.kind == "iddpm" else ""
+        rule = self.eval.guidance_rule or ("power-cosine" if method == "mdt" else "constant")
+        return rule, self.eval.guidance_channels or ("three" if method in ("dit", "mdt") else "all")
 
     def digest_fields(self) -> dict[str, Any]:
         """The fields that determine the result, by dotted name: the params in MLflow."""
@@ -460,6 +459,8 @@ class Experiment(Section):
                 del fields[f"diffusion.{name}"]
         fields["eval.sampler"], fields["eval.sampler_steps"] = self.solver
         fields["eval.guidance_rule"], fields["eval.guidance_channels"] = self.guidance_rule
+        if isinstance(self.method, SDDiT) and self.method.decoder == "last_blocks":
+            fields["method.last_blocks"] = self.model.last_blocks(self.method.last_blocks)
         return fields
 
     def identity(self, data_digest: str) -> str:

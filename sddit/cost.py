@@ -65,7 +65,7 @@ def forward_cost(experiment: Experiment, shape: Shape) -> ForwardCost:
 
     if isinstance(method, MDT):
         halves = (depth - method.decoder_layers) // 2 if method.version == "v2" else 0
-        encoder_blocks = 2 * halves or depth - method.decoder_layers
+        encoder_blocks = 2 * halves if method.version == "v2" else depth - method.decoder_layers
         join = 2 * width**2 * (method.version == "v2")  # per token of a block that is joined with another input
         decoder = method.decoder_layers * (block(n, width, width) + n * join)
         decoder += modulated_linear(n, width, outputs, width)

@@ -49,6 +49,10 @@ def explain(name: str, size: str, method: str, changes: Mapping[str, Any]) -> It
     for layer in _layers(name, size, method):
         sources |= dict.fromkeys(layer.settings, layer.source)
     sources |= dict.fromkeys(changes, "given")
+    if experiment.eval.nfe and not experiment.eval.sampler_steps:
+        sources |= dict.fromkeys(("eval.sampler", "eval.sampler_steps"), "follows from eval.nfe")
+    elif "diffusion.kind" in changes:
+        sources |= dict.fromkeys(("eval.sampler", "eval.sampler_steps"), "follows from diffusion.kind")
     resolved = experiment.digest_fields()  # what None stands for, and nothing of another formulation
     for field, value in flatten(experiment.model_dump(mode="json")).items():
         if not field.startswith("diffusion.") or field in resolved:
@@ -66,9 +70,9 @@ def _layers(name: str, size: str, method: str) -> list[Layer]:
     layers = [Layer("asked size", {"model.size": size})]
     if name == "imagenet256":
         layers += [IMAGENET256, PUBLISHED[method]]
-        return layers + ([PUBLISHED_LARGE[method]] if size.startswith("XL") and method in PUBLISHED_LARGE else [])
+        return layers + ([PUBLISHED_LARGE[method]] if size == "XL/2" and method in PUBLISHED_LARGE else [])
     if name == "cifar10":
-        return layers + [CIFAR10]
+        return layers + [CIFAR10] + ([CIFAR10_METHODS[method]] if method in CIFAR10_METHODS else [])
     return layers + [DIGITS] + ([DIGITS_METHODS[method]] if method in DIGITS_METHODS else [])
 
 
@@ -112,6 +116,13 @@ CIFAR10 = Layer(
         "eval.nfe": 35,  # Heun with 18 steps, or DPM-Solver++ with 35
     },
 )
+
+CIFAR10_METHODS = {
+    "sddit": Layer(
+        "iBOT's epochs, at 195 steps each",
+        {"method.tau_teacher_warmup_steps": 5_860, "method.prototype_freeze_steps": 195},
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------------- digits
 
@@ -168,6 +179,7 @@ _MDT = "MDT (arXiv 2303.14389)"
 _SDDIT = "SD-DiT (arXiv 2403.17004)"
 _IBOT = "inferred: iBOT (arXiv 2111.07832)"
 _ADM = "ADM's evaluation suite"
+_SAMPLING = ("eval.sampler", "eval.sampler_steps", "eval.guidance_rule", "eval.guidance_channels")
 
 SOURCES = {
     "method.name": "asked method",
@@ -181,10 +193,7 @@ SOURCES = {
         for name in ("optimizer", "lr", "batch_size", "beta1", "beta2", "eps", "weight_decay", "ema", "precision")
     },
     **{f"eval.{name}": _ADM for name in ("samples", "extractor", "labels")},
-    **{
-        f"eval.{name}": "as the method was published"
-        for name in ("sampler", "sampler_steps", "guidance_rule", "guidance_channels")
-    },
+    **dict.fromkeys(_SAMPLING, "as the method was published"),
     "eval.guidance_power": _MDT,
     "method.class_dropout": _DIT,
 }
@@ -195,7 +204,8 @@ METHOD_SOURCES: dict[str, dict[str, str]] = {
     "sddit": {
         **{f"method.{name}": "inferred: not in the paper" for name in METHOD_CONFIGS["sddit"].model_fields},
         "method.name": "asked method",
-        **{f"method.{name}": _SDDIT for name in ("teacher_sigma", "masked_slots")},
+        "method.teacher_sigma": _SDDIT,
+        "method.masked_slots": "inferred: MaskGWM (arXiv 2502.11663)",
         **{
             f"method.{name}": _IBOT
             for name in (
@@ -206,6 +216,8 @@ METHOD_SOURCES: dict[str, dict[str, str]] = {
             )
         },
         **{f"method.{name}": f"inferred: {_MASKDIT}" for name in ("decoder", "cls_init_std", "cls_in_decoder")},
+        **dict.fromkeys(_SAMPLING, f"inferred: {_MASKDIT}"),
+        **{f"train.{name}": f"inferred: {_DIT}" for name in ("optimizer", "lr", "beta1", "beta2", "eps", "ema")},
         "method.mask_ratio": "inferred: secondary sources on the paper",
         "method.teacher_momentum": "inferred: SRA (arXiv 2505.02831)",
         "method.class_dropout": f"inferred: {_DIT}",

@@ -27,6 +27,16 @@ BAD = [
     ),
     ({"train.micro_batch": 5}, "not divisible by train.micro_batch 5"),
     ({"method.teacher_momentum_end": 1.0}, "must be given together"),
+    ({"method.lambda_d_end": 1.0}, "lambda_d_end and lambda_d_horizon must be given together"),
+    (
+        {"method.stop_gradient": True, "method.lambda_d_end": 0, "method.lambda_d_horizon": 9},
+        "nothing would train the encoder",
+    ),
+    ({"method.cls_in_decoder": "forwarded", "method.cls_at_inference": False}, "[CLS] cannot be absent at inference"),
+    ({"eval.sampler": "ddpm"}, "eval.sampler 'ddpm' is not for edm diffusion: use heun or euler"),
+    ({"diffusion.kind": "iddpm", "eval.churn": 10}, "eval.churn is for the samplers heun and euler alone"),
+    ({"eval.guidance_rule": "power-cosine"}, "is for iddpm diffusion alone"),
+    ({"eval.guidance_interval": [2.0, 0.5]}, "which is empty: give [low, high] in sigma"),
     ({"train.lr": "abc"}, "train.lr is 'abc'"),
     ({"train.lr": float("nan")}, "train.lr is"),
     ({"train": 3}, "Unknown field 'train'"),
@@ -63,7 +73,7 @@ RECORDED = {
     ("digits", "sddit", "S/2"): "1085f5573513",
     ("digits", "dit", "S/2"): "3a9e41e2c19f",
     ("digits", "sddit", "B/2"): "84112e4cc677",
-    ("cifar10", "sddit", "S/2"): "a49c2cae848e",
+    ("cifar10", "sddit", "S/2"): "9ca51e863023",
     ("imagenet256", "sddit", "XL/2"): "ffab87cc0707",
     ("imagenet256", "dit", "S/4"): "285754a31ed2",
 }
@@ -114,3 +124,23 @@ def test_experiments_survive_json():
     again = Experiment.parse(experiment.model_dump(mode="json"))
     assert again == experiment and again.identity(DATA) == experiment.identity(DATA)
     assert flatten(experiment.model_dump())["method.teacher_sigma"] == "drawn"
+
+
+def test_an_identity_knows_what_none_stands_for():
+    """What is left to the project, and the same value given, are one cell."""
+    sddit = presets.imagenet256("S/2")
+    last = {"method.decoder": "last_blocks"}
+    for none, given in [
+        ({}, {"eval.sampler": "heun", "eval.sampler_steps": 40, "eval.guidance_channels": "all"}),
+        ({"eval.nfe": 35}, {"eval.sampler_steps": 18}),
+        (last, last | {"method.last_blocks": 4}),
+    ]:
+        assert sddit.replace(none).identity(DATA) == sddit.replace(given).identity(DATA)
+    assert sddit.replace(last).identity(DATA) != sddit.replace(last | {"method.last_blocks": 3}).identity(DATA)
+
+
+def test_fields_of_another_formulation_are_no_part_of_an_experiment():
+    iddpm = presets.imagenet256("S/2", "dit")
+    assert iddpm.replace({"diffusion.sigma_data": 0.7}).identity(DATA) == iddpm.identity(DATA)
+    assert iddpm.replace({"diffusion.timesteps": 500}).identity(DATA) != iddpm.identity(DATA)
+    assert "diffusion.sigma_data" not in iddpm.digest_fields() and "diffusion.timesteps" in iddpm.digest_fields()

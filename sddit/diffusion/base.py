@@ -48,6 +48,10 @@ class Process(nn.Module):
         """The clean image that F stands for, (B, C, H, W), float32."""
         raise NotImplementedError
 
+    def confidence(self, level: Tensor) -> Tensor:
+        """(B,), at most 1: what an error of `denoised` is weighed with where nothing else bounds it."""
+        raise NotImplementedError
+
     def evaluate(self, network: nn.Module, x: Tensor, level: Tensor, y: Tensor) -> Tensor:
         """What a solver asks for at x (B, C, H, W), in the dtype of x: D under EDM, F under IDDPM.
 

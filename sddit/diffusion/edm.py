@@ -106,6 +106,10 @@ class EDM(Process):
         c_out = coefficients(level, self.config.sigma_data).out[:, None, None, None]
         return x0 + c_out * (output.float() - raw_target(x0, eps, level, self.config.sigma_data))
 
+    def confidence(self, level: Tensor) -> Tensor:
+        """1: the preconditioning bounds D."""
+        return torch.ones_like(level)
+
     def evaluate(self, network: nn.Module, x: Tensor, level: Tensor, y: Tensor) -> Tensor:
         """D(x; σ, y)."""
         return denoise(network, x, level, y, self.config.sigma_data)

@@ -117,6 +117,10 @@ class IDDPM(Process):
         predicted = output.float().chunk(2, dim=1)[0]
         return x0 + self._at("sigmas", level) * (eps - predicted)
 
+    def confidence(self, level: Tensor) -> Tensor:
+        """ᾱ: an error of ε̂ is one of x̂0 σ times as large, up to 157."""
+        return self.get_buffer("table_signal")[level].square()
+
     def evaluate(self, network: nn.Module, x: Tensor, level: Tensor, y: Tensor) -> Tensor:
         """F = (ε̂, v), (B, 2C, H, W)."""
         dtype = next(network.parameters()).dtype

@@ -64,8 +64,8 @@ class Method(nn.Module):
         self.process = build_process(experiment.diffusion)
 
     def draws(self) -> Draws:
-        """The random numbers that a step needs for each position of the global batch."""
-        raise NotImplementedError
+        """The random numbers that a step needs for each position of the global batch; these are every method's."""
+        return {"drop": ("uniform", ()), **self.process.draws, "noise": ("normal", self.shape)}
 
     def begin_step(self, batches: list[Batch], step: int) -> list[Any]:
         """Work before the gradient over all micro-batches of this worker; one context for each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sddit.config import Experiment
-from sddit.methods.base import Batch, Draws, Losses, Method
+from sddit.methods.base import Batch, Losses, Method
 from sddit.models import build_network
 
 
@@ -13,9 +13,6 @@ class DiTMethod(Method):
     def __init__(self, experiment: Experiment, shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(experiment, shape, num_classes)
         self.network = build_network(experiment, shape, num_classes)
-
-    def draws(self) -> Draws:
-        return {"drop": ("uniform", ()), **self.process.draws, "noise": ("normal", self.shape)}
 
     def forward(self, batch: Batch, context: Any, step: int) -> Losses:
         process, x0, eps = self.process, batch.x0, batch.draws["noise"]

@@ -1,4 +1,8 @@
-"""MaskDiT: the diffusion loss on visible tokens, reconstruction of removed ones (arXiv 2306.09305; methods.md §3)."""
+"""MaskDiT: the diffusion loss on visible tokens, reconstruction of removed ones (arXiv 2306.09305; methods.md §3).
+
+Published under EDM. Under IDDPM, where nothing bounds the denoised image, the reconstruction of an image is weighed
+with its share of signal ᾱ: this project's choice.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,11 @@ class MaskDiTMethod(Method):
         self.network = network = build_network(experiment, shape, num_classes)
         assert isinstance(network, Encoder)
         self.num_tokens, self.patch = network.num_tokens, network.patch
-        masking.keep_count(self.num_tokens, self.options.mask_ratio)  # says now that none would be left
+        largest = max(self.options.mask_ratio, self.options.mask_ratio_end if self.options.mask_horizon else 0.0)
+        masking.keep_count(self.num_tokens, largest)  # says now that none would be left
 
     def draws(self) -> Draws:
-        draws: Draws = {"drop": ("uniform", ()), **self.process.draws, "noise": ("normal", self.shape)}
+        draws = super().draws()
         if self.options.mask_ratio or self.options.mask_horizon:
             draws["mask"] = ("uniform", (self.num_tokens,))
         return draws
@@ -56,14 +61,17 @@ class MaskDiTMethod(Method):
         if self.options.lambda_mae:
             denoised = process.denoised(output, x0, eps, level)
             token_errors = reconstruction_error(denoised, process.noisy(x0, eps, level), self.patch)
-            mae = masked_mean(token_errors, context.removed)
+            mae = masked_mean(token_errors, context.removed) * process.confidence(level)
             parts["mae"] = mae.detach().mean()
             per_image = visible + self.options.lambda_mae * mae
         return Losses(per_image.mean(), per_image.detach(), parts)
 
 
 def mask_ratio(options: MaskDiTConfig, step: int) -> float:
-    """M at a step: constant, or from `mask_ratio` to `mask_ratio_end` over `mask_horizon` steps (the unmasking)."""
+    """M at a step: constant, or from `mask_ratio` to `mask_ratio_end` over `mask_horizon` steps.
+
+    By these curves the authors unmask in a fine-tune from trained weights; here they start at step 0.
+    """
     if options.mask_horizon is None:
         return options.mask_ratio
     x = min(step / options.mask_horizon, 1.0)

@@ -26,14 +26,8 @@ class MDTMethod(Method):
 
     def draws(self) -> Draws:
         """Both passes share the image, its noise level and its label; noise and label drop are their own."""
-        return {
-            "drop": ("uniform", ()),
-            "drop2": ("uniform", ()),
-            **self.process.draws,
-            "noise": ("normal", self.shape),
-            "noise2": ("normal", self.shape),
-            "mask": ("uniform", (self.num_tokens,)),
-        }
+        draws = super().draws()
+        return draws | {"drop2": draws["drop"], "noise2": draws["noise"], "mask": ("uniform", (self.num_tokens,))}
 
     def mask_ratio(self, step: int) -> float:
         """M at a step: fixed, or one draw for the whole global batch."""

@@ -1,4 +1,4 @@
-"""SD-DiT: EDM through a decoder, and self-distillation at the encoder (arXiv 2403.17004; methods.md §6).
+"""SD-DiT: the diffusion loss through a decoder, self-distillation at the encoder (arXiv 2403.17004; methods.md §6).
 
 The student's encoder sees the visible tokens of x0 + σ_S eps; the teacher, its moving average, sees x0 + σ_T eps with
 σ_T near zero. What the paper leaves open is a field of `config.SDDiT`.
@@ -84,7 +84,7 @@ class SDDiTMethod(Method):
         return self
 
     def draws(self) -> Draws:
-        draws: Draws = {"drop": ("uniform", ()), **self.process.draws, "noise": ("normal", self.shape)}
+        draws = super().draws()
         if self.keep < self.network.num_tokens:
             draws["mask"] = ("uniform", (self.network.num_tokens,))
         if self.options.discriminates and self.options.teacher_sigma == "drawn":

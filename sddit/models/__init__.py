@@ -41,10 +41,11 @@ def _build(experiment: Experiment, shape: tuple[int, int, int], num_classes: int
     if isinstance(method, config.DiT):
         return DiT(shape, num_classes, depth, *common, out_channels)
     if isinstance(method, config.MDT):
-        if method.decoder_layers >= depth:
+        needed = 2 if method.version == "v2" else 1
+        if depth - method.decoder_layers < needed:
             raise UsageError(
                 f"method.decoder_layers is {method.decoder_layers}, but size {model.size!r} has {depth} blocks, of "
-                f"which the encoder needs one. Use at most {depth - 1}."
+                f"which the encoder of MDT {method.version} needs {needed}. Use at most {depth - needed}."
             )
         options = {"decoder_layers": method.decoder_layers, "version": method.version}
         return MDT(shape, num_classes, depth, *common, out_channels=out_channels, **options)  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ class EncoderDecoder(Encoder):
         return self.final(slots if first is None else slots[:, 1:], c)
 
     def filled(self, tokens: Tensor, ids_keep: Tensor, fill: Tensor | None = None) -> Tensor:
-        """(B, N, ·) with `tokens` (B, K, ·) in their places, and `fill` (·,) or zeros in all others."""
+        """(B, N, ·) with `tokens` (B, K, ·) in their places, and `fill` (·,) or (N, ·), or zeros, in all others."""
         shape = (len(tokens), self.num_tokens, tokens.shape[2])
         into = tokens.new_zeros(shape) if fill is None else fill.to(tokens.dtype).expand(shape)
         return masking.scatter(into, ids_keep, tokens)

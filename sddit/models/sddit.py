@@ -1,7 +1,7 @@
 """The generator of SD-DiT: an encoder of visible tokens and [CLS], a bridge, a decoder of all tokens (methods.md §6.3).
 
 The substrate is MaskDiT's (arXiv 2306.09305), without its mask token: where the encoder saw nothing, the decoder
-receives the patch embedding of the noisy input itself.
+receives by default the patch embedding of the noisy input itself.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class SDDiT(EncoderDecoder):
                 patches = self.filled(patches, ids_keep)
         elif self.masked_slots == "noisy":
             patches = self.run_decoder(self.cross(masking.scatter(tokens, ids_keep, encoded), c), c, first=first)
-        else:  # zeros enter behind the bridge, where MaskDiT's mask token does
-            patches = self.run_decoder(self.filled(self.cross(encoded, c), ids_keep), c, first=first)
+        else:  # zeros enter behind the bridge, where MaskDiT's mask token does; without one, a position alone
+            fill = self.pos_embed if self.bridge is None else None
+            patches = self.run_decoder(self.filled(self.cross(encoded, c), ids_keep, fill), c, first=first)
         return unpatchify(patches, self.patch, self.out_shape)

@@ -181,7 +181,7 @@ def train(
             if not (due or stopped):
                 continue
 
-            guard.flush()
+            guard.flush_together(device)
             clocks.add(train=lap(), workers=world_size)
             if due:
                 real = reference() if rank == 0 else None
@@ -244,19 +244,30 @@ class FiniteGuard:
             self.flush()
 
     def flush(self) -> None:
-        """Looks at what waits; called before every checkpoint, so none is written after a non-finite loss."""
+        """Looks at what waits on this worker."""
+        if problem := self._problem():
+            raise DivergedError(problem)
+
+    def flush_together(self, device: torch.device) -> None:
+        """Looks at what waits on all workers; called before every checkpoint, so none is written after a non-finite
+        loss on any of them."""
+        problem = self._problem()
+        if distributed.any_true(problem is not None, device):
+            raise DivergedError(problem or "The loss is not finite on another worker, whose message says where.")
+
+    def _problem(self) -> str | None:
         if self.waiting is None:
-            return
+            return None
         (step, losses), self.waiting = self.waiting, None
         finite = torch.isfinite(losses)
         if bool(finite.all()):
-            return
+            return None
         positions = (torch.nonzero(~finite[: self.count]).flatten() + self.first).tolist()
         shown = ", ".join(map(str, positions[:8])) + (", …" if len(positions) > 8 else "")
         where = f"position {shown} of the batch" if positions else "no single image, so in the discriminative loss"
         good = self.store.checkpoints()[:1]
         last = f"The last good checkpoint is {good[0].uri}" if good else "There is no checkpoint yet"
-        raise DivergedError(
+        return (
             f"The loss at step {step} is not finite: {where}. {last}. "
             "Try a smaller train.lr, train.grad_clip=1, or train.precision=fp32."
         )

@@ -15,6 +15,8 @@ from sddit.errors import CheckpointError
 from sddit.methods.base import Method
 from sddit.training.store import SAMPLING, TRAINING
 
+COUNTER = "optimizer-step"
+
 
 class SamplingEMA:
     """The averaged network: an exact copy at the start, then θ̄ ← β θ̄ + (1 − β) θ after every step.
@@ -71,6 +73,8 @@ class TrainState:
         for name, parameter in self._trainable().items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 training[f"optimizer/{name}/{key}"] = value
+        if (count := self.optimizer.param_groups[0].get("step")) is not None:  # Adan counts once for all
+            training[COUNTER] = torch.tensor(count)
         return {SAMPLING: dict(self.ema.network.state_dict()), TRAINING: training}
 
     def restore(self, step: int, values: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -89,6 +93,8 @@ class TrainState:
             if state := _under(f"optimizer/{name}/", training):
                 # AdamW's own step counter stays where the fused kernel wants it: beside its parameter.
                 self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        if COUNTER in training:
+            self.optimizer.param_groups[0]["step"] = int(training[COUNTER])
         self.step = step
         self.clocks = Clocks(**values["clocks"])
 

@@ -58,6 +58,15 @@ def test_losses_by_hand() -> None:
     assert losses.total.item() == pytest.approx(dsm + 0.1 * mae, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["edm", "iddpm"])
+def test_reconstruction_is_bounded_at_first(kind: str) -> None:
+    """The denoised image of IDDPM is not: x̂0 of an untrained network is off by σ, up to 157."""
+    experiment = presets.digits(method="maskdit").replace({"diffusion.kind": kind})
+    method = MaskDiTMethod(experiment, (1, 8, 8), 10)
+    (losses,) = run_step(method, [make_batch(method, 64)])
+    assert losses.parts["mae"] < 2.5 * losses.parts["generative"]
+
+
 def test_without_the_reconstruction_there_is_no_mask_token() -> None:
     method = build(lambda_mae=0.0)
     (losses,) = run_step(method, [make_batch(method)])

@@ -78,6 +78,8 @@ def test_sizes_that_do_not_fit(changes: dict, shape: tuple[int, int, int], messa
         build_network(presets.digits().replace(changes), shape, 10)
 
 
-def test_a_decoder_of_all_blocks_does_not_fit() -> None:
-    with pytest.raises(UsageError, match=r"decoder_layers is 2, but size 'S/2' has 2 blocks.*Use at most 1"):
-        build_network(presets.digits(method="mdt").replace({"method.decoder_layers": 2}), (1, 8, 8), 10)
+@pytest.mark.parametrize(("version", "size", "layers", "most"), [("v1", "S/2", 2, 1), ("v2", "B/2", 2, 1)])
+def test_a_decoder_that_leaves_no_encoder_does_not_fit(version: str, size: str, layers: int, most: int) -> None:
+    changes = {"method.decoder_layers": layers, "method.version": version}
+    with pytest.raises(UsageError, match=rf"decoder_layers is {layers}, but size .* MDT {version}.*Use at most {most}"):
+        build_network(presets.digits(size, method="mdt").replace(changes), (1, 8, 8), 10)

@@ -29,9 +29,11 @@ def reproducible(recorded):
     return {k: v for k, v in recorded.items() if not k[1].startswith("cost/device") and "per_s" not in k[1]}
 
 
-@pytest.mark.parametrize("method", METHOD_CONFIGS)
-def test_stopped_at_any_step_and_resumed_is_straight_through_bit_for_bit(method, tmp_path):
-    experiment = tiny(method)
+@pytest.mark.parametrize(
+    ("method", "changes"), [*((method, {}) for method in METHOD_CONFIGS), ("mdt", {"train__optimizer": "adan"})]
+)
+def test_stopped_at_any_step_and_resumed_is_straight_through_bit_for_bit(method, changes, tmp_path):
+    experiment = tiny(method, **changes)
     straight, memory = run(experiment, tmp_path / "straight")
     assert straight.finished and straight.step == 6
     for stop_at in range(1, 6):
