@@ -15,7 +15,7 @@ from sddit import cost, presets, seeding
 from sddit.methods import METHODS, build_method
 from sddit.methods.base import Batch, Method
 
-SHAPE, CLASSES, BATCH, ROUNDS = (4, 32, 32), 1000, 16, 7
+SHAPE, CLASSES, BATCH, ROUNDS = (4, 32, 32), 1000, 16, 11
 VARIANTS = {
     **{name: (name, {}) for name in METHODS},
     "dit, EDM": ("dit", {"diffusion.kind": "edm"}),

@@ -4,7 +4,7 @@
     python sweeps/mask_ratio.py             # run; run again to resume or to add cells
 
 Cost on digits: 6 cells of 40 seconds to a minute each, two at a time on two cores. Found there (2026-11-24, one seed):
-FID 25 to 33 at step 600, with no trend over the mask ratio. One seed allows no conclusion: it shows that the platform
+FID 27 to 36 at step 600, with no trend over the mask ratio. One seed allows no conclusion: it shows that the platform
 works and is no evidence for or against masking.
 """
 
