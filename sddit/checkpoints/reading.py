@@ -118,19 +118,19 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
                 f"{path} is more than weights: reading it would run {found[1]}. Nothing was run. "
                 "Get the weights as .safetensors, or save their state_dict alone."
             ) from None
-        raise _damaged(path, error) from None
+        raise _damaged(path) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
-        raise _damaged(path, error) from None
+    except Exception:  # what torch raises for a damaged file depends on where the damage is
+        raise _damaged(path) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
     return content
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
-    return CheckpointError(f"{path} is damaged or nothing that torch.save wrote ({reason}). Get it again.")
+def _damaged(path: Path) -> CheckpointError:
+    """Without torch's own words, which advise to unpickle the file after all."""
+    return CheckpointError(f"{path} is damaged or nothing that torch.save wrote. Get it again.")
 
 
 def _only_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ def open_images(path: Path) -> Images:
         DataError: nothing there, images of different sizes, or a file that cannot be read. What only shows when the
             pixels are read is raised by the batches.
     """
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Give a folder of images, an .npz with arr_0, or a checkpoint.")
     return _open_npz(path) if path.suffix == ".npz" else _open_folder(path)
 
 
