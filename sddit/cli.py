@@ -172,6 +172,8 @@ class Import:
         values = read_checkpoint(self.out).values
         size = f"{experiment.method.name} {experiment.model.size}, {values['num_classes']} classes"
         print(f"{size}, {'×'.join(map(str, values['shape']))}\n{self.out}")
+        if self.source == "diffusers":
+            print("DiT spaces its time frequencies by 1/128, diffusers by 1/127: right for weights converted from DiT.")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _require_project(weights: Weights, project: Project) -> None:
             f"Known: {', '.join(PROJECTS.values())}."
         )
     if found != project:
-        hint = f"Use --from {found}." if found != "sddit" else "`sddit sample` and `sddit evaluate` read it as it is."
+        hint = f"Use --from {found}." if found != "sddit" else "Give its folder with --from sddit."
         raise UsageError(f"{weights.path} holds weights of {PROJECTS[found]}, not of {PROJECTS[project]}. {hint}")
 
 

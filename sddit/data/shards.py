@@ -86,10 +86,14 @@ class Shards:
     def _open(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i not in self._mapped:
             manifest, shard = self.manifest, self.manifest.shards[i]
-            self._mapped[i] = (
-                _map(manifest.folder, shard.images, np.dtype(np.uint8), (shard.count, *manifest.shape)),
-                _map(manifest.folder, shard.labels, np.dtype("<i8"), (shard.count,)),
-            )
+            images = _map(manifest.folder, shard.images, np.dtype(np.uint8), (shard.count, *manifest.shape))
+            labels = _map(manifest.folder, shard.labels, np.dtype("<i8"), (shard.count,))
+            if not 0 <= labels.min() <= labels.max() < manifest.num_classes:
+                raise DataError(
+                    f"{manifest.folder / shard.labels.file} has labels from {labels.min()} to {labels.max()}, but they "
+                    f"must be in [0, {manifest.num_classes}). The file was changed; prepare the data again."
+                )
+            self._mapped[i] = (images, labels)
         return self._mapped[i]
 
 

@@ -212,7 +212,7 @@ BAD_FILES = {
     "mdt as dit": (of("mdt1"), "dit", r"weights of MDT, not of DiT\. Use --from mdt"),
     "diffusers as dit": (lambda p: save(p, official.as_diffusers(official.weights("dit", **S2), 2)), "dit",
                          r"weights of diffusers' DiTTransformer2DModel, not of DiT\. Use --from diffusers"),
-    "ours": (lambda p: save(p, {"patch_embed.weight": torch.ones(1)}), "dit", "`sddit sample` and .* read it as it is"),
+    "ours": (lambda p: save(p, {"patch_embed.weight": torch.ones(1)}), "dit", "Give its folder with --from sddit"),
     "a file as folder": (of("dit"), "diffusers", r"w\.pt is a file\. Give the folder"),
     "missing": (dit(blocks__1__mlp__fc1__bias=None, t_embedder__mlp__0__weight=None), "dit",
                 r"Missing: t_embedder\.mlp\.0\.weight, blocks\.1\.mlp\.fc1\.bias\."),

@@ -83,3 +83,17 @@ def test_images_in_another_memory_order(tmp_path):
     manifest = write_shards(np.asfortranarray(IMAGES), LABELS, tmp_path, name="synthetic", num_classes=5)
     manifest.verify()
     assert np.array_equal(Shards(manifest).read(np.arange(23))[0], IMAGES)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_out_of_range_are_refused_when_their_file_is_opened(tmp_path, label):
+    """5 would pass for the null class."""
+    manifest = write_shards(IMAGES, LABELS, tmp_path, name="synthetic", num_classes=5, shard_size=10)
+    file = tmp_path / manifest.shards[1].labels.file
+    labels = np.load(file, allow_pickle=False)
+    labels[3] = label
+    np.save(file, labels)
+    shards = Shards(open_manifest(tmp_path))
+    shards.read(np.arange(10))
+    with pytest.raises(DataError, match=r"labels-00001.npy has labels from .* must be in \[0, 5\)"):
+        shards.read(np.array([10]))
