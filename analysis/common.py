@@ -20,6 +20,8 @@ from scipy.special import stdtrit
 from analysis import style
 from sddit.errors import SdditError, UsageError
 
+STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
+
 # No dates, no versions: the same data give the same bytes.
 METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},

@@ -3,7 +3,6 @@ be set beside the paper's values."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
@@ -194,9 +193,9 @@ def not_comparable(fields: dict[str, Any], tags: dict[str, str]) -> str:
 
 
 def _reference_images(tags: dict[str, str]) -> int | None:
-    """How many images the scores are against, from the protocol in words (`Protocol.describe`)."""
-    found = re.search(r"against ([\d,]+) images", tags.get("sddit.protocol.text", ""))
-    return int(found[1].replace(",", "")) if found else None
+    """How many images the scores are against."""
+    count = tags.get("sddit.reference_images")
+    return int(count) if count else None
 
 
 def _training_images(fields: dict[str, Any], tags: dict[str, str]) -> float | None:

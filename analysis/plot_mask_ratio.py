@@ -28,7 +28,6 @@ RATIO, SCORE = "method.mask_ratio", "eval/fid"
 MAX_PANELS = 6
 MAX_LEGEND_STEPS = 10
 STATE_MARKERS = {"pruned": "v", "failed": "X", "running": "o"}  # hollow and faded
-STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _missing(frame: pd.DataFrame, table: pd.DataFrame, cells: pd.DataFrame | Non
     faded = frame[frame["state"] != "done"]
     if len(faded):
         parts = [
-            f"{rows['identity'].nunique()} {STATE_WORDS.get(str(state), state)} ({named(rows)})"
+            f"{rows['identity'].nunique()} {common.STATE_WORDS.get(str(state), state)} ({named(rows)})"
             for state, rows in faded.groupby("state", sort=False)
         ]
         sentences.append(f"Faded, and in no line or mean: {', '.join(parts)}.")
@@ -192,7 +191,7 @@ def _missing(frame: pd.DataFrame, table: pd.DataFrame, cells: pd.DataFrame | Non
         unevaluated = cells[~cells["identity"].isin(table["identity"])]
         if len(unevaluated):
             states = ", ".join(
-                f"{n} {STATE_WORDS.get(str(s), s)}" for s, n in unevaluated["state"].value_counts().items()
+                f"{n} {common.STATE_WORDS.get(str(s), s)}" for s, n in unevaluated["state"].value_counts().items()
             )
             sentences.append(f"Not evaluated yet: {common.counted(len(unevaluated), 'cell')} ({states}).")
     elsewhere = table["identity"].nunique() - frame["identity"].nunique()
@@ -320,7 +319,7 @@ def _legend(frame: pd.DataFrame, steps: list[int], last: int | None, colour: str
     for state in frame.loc[frame["state"] != "done", "state"].unique():
         handles.append(
             Line2D([], [], linestyle="", marker=STATE_MARKERS.get(state, "o"), color=colour, markerfacecolor="none",
-                   alpha=0.6, label=STATE_WORDS.get(state, state))
+                   alpha=0.6, label=common.STATE_WORDS.get(state, state))
         )  # fmt: skip
     return handles
 

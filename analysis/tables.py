@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from analysis import common, finals, markup, paper
-from analysis.plot_mask_ratio import STATE_WORDS
 from sddit.errors import SdditError
 from sddit.results import load_cells, load_results, sweep_names
 
@@ -163,7 +162,7 @@ def _our_remarks(
     )
     rest = cells[~cells["identity"].isin(final["identity"])]
     if len(rest):
-        words = {**STATE_WORDS, "done": "done but without a score at its last step"}
+        words = {**common.STATE_WORDS, "done": "done but without a score at its last step"}
         counts = ", ".join(f"{n} {words.get(str(state), state)}" for state, n in rest["state"].value_counts().items())
         remarks.append(f"Not shown: {common.counted(len(rest), 'cell')} ({counts}).")
     if len(lengths := sorted({row["steps"] for row in rows})) > 1:

@@ -78,6 +78,7 @@ def run_cell(
             )
             record.tag("sddit.protocol", protocol.digest)
             record.tag("sddit.protocol.text", protocol.describe())
+            record.tag("sddit.reference_images", str(manifest.count))
         else:
             record = NullRecord(report)
         store = CheckpointStore(spec.storage, fence=record.fence)

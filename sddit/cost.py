@@ -170,8 +170,7 @@ def num_parameters(experiment: Experiment, shape: Shape, num_classes: int) -> tu
     n, method = num_tokens(experiment, shape), experiment.method
     vector = experiment.model.patch**2 * shape[0]
     outputs = vector * experiment.diffusion.outputs
-    block_size = 18 * d**2 + 15 * d
-    embedders = (vector * d + d) + (d**2 + 258 * d)
+    block_size, embedders = _block_parameters(d), _embedder_parameters(vector, d)
     final = (2 * d**2 + 2 * d) + (d * outputs + outputs)
 
     if isinstance(method, DiT):
@@ -204,7 +203,9 @@ def num_parameters(experiment: Experiment, shape: Shape, num_classes: int) -> tu
 def checkpoint_bytes(experiment: Experiment, shape: Shape, num_classes: int) -> int:
     """Bytes of one checkpoint in fp32: parameters, optimiser moments, sampling EMA, teacher (encoder and head)."""
     generator, head = num_parameters(experiment, shape, num_classes)
-    return 4 * (generator + (1 + _moments(experiment)) * (generator + head) + _teacher(experiment, head, num_classes))
+    return 4 * (
+        generator + (1 + _moments(experiment)) * (generator + head) + _teacher(experiment, shape, head, num_classes)
+    )
 
 
 def training_bytes(experiment: Experiment, shape: Shape, num_classes: int) -> tuple[int, int]:
@@ -215,7 +216,7 @@ def training_bytes(experiment: Experiment, shape: Shape, num_classes: int) -> tu
     """
     generator, head = num_parameters(experiment, shape, num_classes)
     trained = (2 + _moments(experiment)) * (generator + head)
-    state = 4 * (trained + generator + _teacher(experiment, head, num_classes))
+    state = 4 * (trained + generator + _teacher(experiment, shape, head, num_classes))
     images = experiment.train.micro_batch or experiment.train.batch_size // experiment.resources.workers
     number = 2 if experiment.train.precision == "bf16" else 4
     return state, int(images * number * saved_numbers(experiment, shape))
@@ -252,8 +253,20 @@ def _moments(experiment: Experiment) -> int:
     return {"adamw": 2, "adan": 4}[experiment.train.optimizer]
 
 
-def _teacher(experiment: Experiment, head: int, num_classes: int) -> int:
+def _teacher(experiment: Experiment, shape: Shape, head: int, num_classes: int) -> int:
+    """Parameters of SD-DiT's teacher: encoder with embedders and [CLS], and head."""
     if not head:
         return 0
-    d = experiment.model.dims[1]
-    return _decoder_parts(experiment).encoder_blocks * (18 * d**2 + 15 * d) + num_classes * d + head
+    d, vector = experiment.model.dims[1], experiment.model.patch**2 * shape[0]
+    blocks = _decoder_parts(experiment).encoder_blocks * _block_parameters(d)
+    return blocks + _embedder_parameters(vector, d) + num_classes * d + d + head
+
+
+def _block_parameters(width: int) -> int:
+    """Of an adaLN-Zero block of the encoder."""
+    return 18 * width**2 + 15 * width
+
+
+def _embedder_parameters(vector: int, width: int) -> int:
+    """Of patch and time embedder."""
+    return (vector * width + width) + (width**2 + 258 * width)

@@ -4,13 +4,14 @@ import contextlib
 
 import pytest
 import torch
-from steps import make_batch
+from steps import make_batch, run_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sddit import cost, presets
 from sddit.methods import build_method
 from sddit.methods.base import Batch
+from sddit.training.state import TrainState
 
 LATENT = (4, 32, 32)
 
@@ -117,11 +118,19 @@ def test_memory_of_a_step(name):
     assert cost.saved_numbers(experiment, LATENT) == pytest.approx(numbers, rel=0.25)
 
 
-def test_checkpoint_size():
-    experiment = presets.digits()
-    method = build_method(experiment, (1, 8, 8), 10)
-    tensors = sum(p.numel() for p in method.network.parameters() if p.requires_grad)
-    assert cost.checkpoint_bytes(experiment, (1, 8, 8), 10) > 4 * 4 * tensors
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in VARIANTS), ("sddit", {"method.decoder": "last_blocks"})]
+)
+def test_checkpoint_size(name, changes):
+    """All but the fixed positional codes and the optimiser's counters."""
+    experiment = presets.digits("XL/2", name).replace(changes)
+    state = TrainState.create(experiment, build_method(experiment, (1, 8, 8), 10), torch.device("cpu"))
+    run_step(state.method, [make_batch(state.method, 4)])
+    state.optimizer.step()
+    numbers = sum(t.numel() for group in state.groups().values() for k, t in group.items() if t.ndim and "pos" not in k)
+    positions = sum(t.numel() for group in state.groups().values() for k, t in group.items() if "pos" in k)
+    predicted = cost.checkpoint_bytes(experiment, (1, 8, 8), 10)
+    assert 4 * numbers <= predicted * 1.001 and predicted <= 4 * 1.001 * (numbers + positions)
 
 
 @pytest.mark.parametrize(

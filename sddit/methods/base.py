@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sddit.config import Experiment
 from sddit.diffusion import build_process
 from sddit.models.layers import Encoder
+from sddit.models.masking import Mask
 
 Draws = dict[str, tuple[str, tuple[int, ...]]]  # stream name → ('uniform' | 'normal', shape of one position)
 
@@ -94,6 +95,13 @@ class Method(nn.Module):
         """Labels (B,), the null class where the draw (B,) says so (`method.class_dropout`)."""
         return torch.where(draw < self.experiment.method.class_dropout, self.num_classes, y)
 
+    def predict(
+        self, network: nn.Module, x0: Tensor, eps: Tensor, level: Tensor, y: Tensor, mask: Mask | None = None
+    ) -> Tensor:
+        """F of `network` for x0 noised to `level` (B,) by eps; with a mask, from its visible tokens."""
+        inputs = self.process.network_input(x0, eps, level), self.process.condition(level), y
+        return network(*inputs) if mask is None else network(*inputs, mask)
+
     # ------------------------------------------------------------------------------------- what is asked afterwards
 
     @torch.no_grad()
@@ -113,5 +121,5 @@ class Method(nn.Module):
     def denoising_error(self, network: nn.Module, x0: Tensor, eps: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """The generative loss of each image (B,) at noise σ (B,), with all tokens visible."""
         level = self.process.level_of(sigma)
-        output = network(self.process.network_input(x0, eps, level), self.process.condition(level), y)
+        output = self.predict(network, x0, eps, level, y)
         return self.process.error(output, x0, eps, level).mean(dim=(1, 2, 3))

@@ -15,13 +15,8 @@ class DiTMethod(Method):
         self.network = build_network(experiment, shape, num_classes)
 
     def forward(self, batch: Batch, context: Any, step: int) -> Losses:
-        process, x0, eps = self.process, batch.x0, batch.draws["noise"]
-        level = process.level(batch.draws)
-        output = self.network(
-            process.network_input(x0, eps, level),
-            process.condition(level),
-            self.drop_labels(batch.y, batch.draws["drop"]),
-        )
-        per_image = process.error(output, x0, eps, level).mean(dim=(1, 2, 3))
+        x0, eps, level = batch.x0, batch.draws["noise"], self.process.level(batch.draws)
+        output = self.predict(self.network, x0, eps, level, self.drop_labels(batch.y, batch.draws["drop"]))
+        per_image = self.process.error(output, x0, eps, level).mean(dim=(1, 2, 3))
         total = per_image.mean()
         return Losses(total, per_image.detach(), {"generative": total.detach()})

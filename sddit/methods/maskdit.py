@@ -49,7 +49,7 @@ class MaskDiTMethod(Method):
         process, x0, eps = self.process, batch.x0, batch.draws["noise"]
         level = process.level(batch.draws)
         y = self.drop_labels(batch.y, batch.draws["drop"])
-        output = self.network(process.network_input(x0, eps, level), process.condition(level), y, context)
+        output = self.predict(self.network, x0, eps, level, y, context)
         error = process.error(output, x0, eps, level)
         if context is None:
             per_image = error.mean(dim=(1, 2, 3))

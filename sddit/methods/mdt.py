@@ -49,8 +49,7 @@ class MDTMethod(Method):
         parts = {"generative": full.detach().mean(), "masked": masked.detach().mean()}
         return Losses(per_image.mean(), per_image.detach(), parts)
 
-    def _pass(self, batch: Batch, level: Tensor, eps: Tensor, drop: Tensor, *mask: masking.Mask) -> Tensor:
+    def _pass(self, batch: Batch, level: Tensor, eps: Tensor, drop: Tensor, mask: masking.Mask | None = None) -> Tensor:
         """The loss of each image over all tokens, (B,)."""
-        x, y = self.process.network_input(batch.x0, eps, level), self.drop_labels(batch.y, drop)
-        output = self.network(x, self.process.condition(level), y, *mask)
+        output = self.predict(self.network, batch.x0, eps, level, self.drop_labels(batch.y, drop), mask)
         return self.process.error(output, batch.x0, eps, level).mean(dim=(1, 2, 3))

@@ -47,7 +47,7 @@ def add_cell(sweep, method, seed=0, *, state="done", steps=STEPS, scores=("fid",
         "mlflow.parentRunId": parent, "sddit.kind": "cell", "sddit.identity": experiment.identity("data"),
         "sddit.state": state, "sddit.steps": "600", "sddit.step": str(max(steps, default=0)),
         "sddit.protocol": protocol.digest, "sddit.protocol.text": protocol.describe(), "sddit.code": "0123456789",
-        "sddit.data": experiment.data.path,
+        "sddit.data": experiment.data.path, "sddit.reference_images": str(images),
     } | tags  # fmt: skip
     run = client.create_run(experiment_id, start_time=START, tags=tags).info.run_id
     client.log_batch(run, params=[Param(k, str(v)) for k, v in experiment.digest_fields().items()])
@@ -210,7 +210,7 @@ def test_ours_on_digits_is_marked(store):
 )  # fmt: skip
 def test_why_a_score_is_not_comparable(changes, images, reason):
     experiment = presets.imagenet256("XL/2", "sddit").replace(changes)
-    tags = {"sddit.protocol.text": protocol_of(experiment, images).describe(), "sddit.data": experiment.data.path}
+    tags = {"sddit.data": experiment.data.path} | ({"sddit.reference_images": str(images)} if images else {})
     said = finals.not_comparable(experiment.digest_fields(), tags)
     assert said == (f"Not comparable with the paper's values: {reason}." if reason else "")
 

@@ -170,6 +170,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_position_and_checkpoint(metho
     assert [c.step for c in CheckpointStore(tmp_path).checkpoints()] == [3], "nothing is saved after it"
 
 
+def test_nothing_is_saved_after_a_loss_that_is_not_finite_on_another_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.distributed, "any_true", lambda flag, device: True)
+    with pytest.raises(DivergedError, match="not finite on another worker"):
+        run(tiny(), tmp_path)
+    assert not CheckpointStore(tmp_path).checkpoints()
+
+
 def test_a_dead_discriminative_loss_warns_once_and_is_tagged(tmp_path):
     dead = tiny(method__centring="none", method__teacher_momentum=1.0, method__tau_teacher_cls=100.0)
     with pytest.warns(UserWarning, match="collapsed") as caught:
