@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -142,6 +143,24 @@ def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
         return mean, float("nan"), float("nan")
     half = float(stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample)))
     return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """FID of real images drawn with replacement, as many as there are samples, against the reference: no score below
+    it means anything. Mean and standard deviation over draws."""
+
+    mean: float
+    sd: float
+    draws: int
+
+
+def noise_floor(cells: pd.DataFrame) -> NoiseFloor | None:
+    """That of cells scored under one protocol; None where none was recorded."""
+    for tags in cells["tags"]:
+        if text := tags.get("sddit.noise_floor"):
+            return NoiseFloor(**json.loads(text))
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------- captions

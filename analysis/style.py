@@ -6,6 +6,7 @@ Figures are made without pyplot, so nothing here touches a screen, or the figure
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -16,12 +17,42 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
+from sddit.config import METHOD_CONFIGS
+
 METHOD_NAMES = {"dit": "DiT", "maskdit": "MaskDiT", "mdt": "MDT", "sddit": "SD-DiT"}
 # Okabe and Ito's colours, told apart by colour-blind readers; in grey the markers and lines tell them apart.
 COLOURS = {"dit": "#404040", "maskdit": "#D55E00", "mdt": "#007A59", "sddit": "#0060A0"}
 MARKERS = {"dit": "s", "maskdit": "^", "mdt": "D", "sddit": "o"}
 LINES = {"dit": ":", "maskdit": "-.", "mdt": "--", "sddit": "-"}
 OTHER_COLOUR, OTHER_MARKER, OTHER_LINE = "#7A4988", "P", "-"  # a method that is not in the tables
+
+
+class Look(NamedTuple):
+    """How one method is drawn, in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str | tuple[int, tuple[int, ...]]
+
+
+# The control that the paper lacks has a look of its own; it is no variant of the method "sddit" or "dit".
+DIT_EDM = Look("DiT (EDM)", "#A0407A", "v", (0, (5, 1, 1, 1, 1, 1)))
+
+
+def look(method: str, kind: str | None = None) -> Look:
+    """Of a method under a formulation ('edm', 'iddpm'; None: its published one), which the label names if unusual."""
+    unusual = method in METHOD_CONFIGS and kind is not None and kind != METHOD_CONFIGS[method].published_kind  # type: ignore[attr-defined]
+    if unusual and method == "dit":
+        return DIT_EDM
+    label = METHOD_NAMES.get(method, method) + (f" ({kind.upper()})" if unusual and kind else "")
+    return Look(
+        label,
+        COLOURS.get(method, OTHER_COLOUR),
+        MARKERS.get(method, OTHER_MARKER),
+        LINES.get(method, OTHER_LINE),
+    )
+
 
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN_WIDTH = 3.2, 2.7, 1.5  # inches; the margin holds axis label and legend
 CAPTION_POINTS = 7.0

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sddit.errors import UsageError, did_you_mean
 
+FRESH_SEED = 1000  # seeds from here on are fresh: they confirm a best value that the seeds below it picked
 SCHEMA = 1  # part of every identity: a default may change only together with it
 
 
