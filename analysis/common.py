@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from analysis import style
+from sddit.config import FRESH_SEED
 from sddit.errors import SdditError, UsageError
 
 STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
@@ -135,6 +136,12 @@ def check_protocol(table: pd.DataFrame) -> None:
         )
 
 
+def without_fresh_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Results or cells whose seeds took part in the choice of the best setting. Fresh seeds confirm it, and were given
+    to it alone: in a figure of the sweep they would favour it."""
+    return table[~(table["seed"].astype(float) >= FRESH_SEED)]
+
+
 def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
     """Mean and 95 % t-interval (mean, low, high) of independent values; with one value there is no interval (NaN)."""
     sample = np.asarray(list(values), dtype=float)
@@ -145,6 +152,30 @@ def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+class Difference(NamedTuple):
+    """Of two settings over the seeds that both have: mean, 95 % t-interval (NaN below two seeds), number of seeds."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def paired_difference(a: pd.Series, b: pd.Series) -> Difference:
+    """a - b over the seeds (the index) that both have finite values of. One seed decides for both how the weights
+    start and what is drawn, so that much of the spread over seeds is common to them and cancels.
+
+    Raises:
+        ValueError: a seed occurs twice in one of them.
+    """
+    if not (a.index.is_unique and b.index.is_unique):
+        raise ValueError("paired_difference: a seed occurs twice")
+    both = (a - b).replace([np.inf, -np.inf], np.nan).dropna()
+    if both.empty:
+        return Difference(float("nan"), float("nan"), float("nan"), 0)
+    return Difference(*t_interval(both), len(both))
+
+
 @dataclass(frozen=True)
 class NoiseFloor:
     """FID of real images drawn with replacement, as many as there are samples, against the reference: no score below
@@ -153,6 +184,11 @@ class NoiseFloor:
     mean: float
     sd: float
     draws: int
+
+    def __str__(self) -> str:
+        """The caption's sentence."""
+        spread = f" ± {self.sd:.2g} (standard deviation over {self.draws} draws)" if self.draws > 1 else ""
+        return f"Noise floor, real images against real ones: FID {self.mean:.3g}{spread}."
 
 
 def noise_floor(cells: pd.DataFrame) -> NoiseFloor | None:
@@ -172,6 +208,15 @@ def counted(number: int, noun: str) -> str:
     ('1 cell', '3 cells')
     """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(names: Iterable[str], at_most: int = 4) -> str:
+    """
+    >>> listed(["a", "b", "c"], at_most=2)
+    'a; b; and 1 more'
+    """
+    every = list(names)
+    return "; ".join(every[:at_most]) + (f"; and {len(every) - at_most} more" if len(every) > at_most else "")
 
 
 def the_value(table: pd.DataFrame, column: str) -> Any | None:

@@ -3,7 +3,7 @@ be set beside the paper's values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +18,31 @@ MAX_ROWS = 30
 SOURCE = "ours"
 METHOD_FIELDS = ("method.name", "diffusion.kind", "model.size")  # what makes a row; other fields set rows apart
 SAMPLER_FIELDS = ("eval.sampler", "eval.sampler_steps", "train.ema")
+# What is found once, at the last step (`eval.final`), by its column here.
+DIAGNOSTICS = {"probe": "probe/accuracy_sigma_0.5", "copying": "copying/ratio", "sampling_sd": "eval/fid_seeds_std"}
+RATE, DEFAULT_RATE = "lr", "x1"  # the axis of learning rates, and its value for the method's own
+PICKED = "This learning rate was picked at its last step, on the seeds that are shown, which flatters it."
 
-Row = dict[str, Any]  # of the csv file: see `tables.TableData`
+Row = dict[str, Any]  # of the csv file: see `tables.TableData`; and "identities", of the cells it rests on
+
+
+class BestRate(NamedTuple):
+    """A learning rate that was picked, from so many."""
+
+    rate: str
+    among: int
+
+
+def best_rate(scores: Mapping[str, Mapping[Any, float]]) -> BestRate | None:
+    """The rate of the lowest mean score, of those with the default's seeds; None where the default has no score.
+
+    `scores` is rate → seed → final score of one system. Who picks must say so: the same seeds picked and are shown.
+    """
+    default = scores.get(DEFAULT_RATE)
+    if not default:
+        return None
+    fair = {rate: list(by_seed.values()) for rate, by_seed in scores.items() if by_seed.keys() == default.keys()}
+    return BestRate(min(fair, key=lambda rate: (np.mean(fair[rate]), rate != DEFAULT_RATE)), len(fair))
 
 
 def final_scores(results: pd.DataFrame, cells: pd.DataFrame, scores: Iterable[str]) -> pd.DataFrame:
@@ -52,31 +75,70 @@ class Final(NamedTuple):
 
 
 def our_rows(final: pd.DataFrame, cells: pd.DataFrame, scores: tuple[str, ...]) -> list[Row]:
-    """One row per (method, kind, size), apart where other fields or the last step differ; means over seeds."""
+    """One row per (method, kind, size), apart where other fields or the last step differ; means over seeds.
+
+    `scores` are metrics under `eval/`, or names of `DIAGNOSTICS`. Of the axis `lr` the default is shown, and beside it
+    the rate that is best by the first score, where it is another.
+    """
     facts = {cell["identity"]: cell for cell in cells.to_dict("records")}
     ends = []
     for values in final.to_dict("records"):
         cell = facts[values["identity"]]
         ends.append(Final(_with_defaults(cell["params"]), cell["tags"], values))
 
-    varied: dict[tuple[str, ...], list[str]] = {}
-    for key, members in _grouped(ends, lambda end: end.key):
-        names = sorted({name for end in members for name in end.fields} - {"seed", *METHOD_FIELDS})
-        varied[key] = [name for name in names if len({repr(end.fields.get(name)) for end in members}) > 1]
+    varied = {key: _set_apart(members) for key, members in _grouped(ends, lambda end: end.key)}
 
     def settings(end: Final) -> str:
-        return ", ".join(f"{name.rpartition('.')[2]} {end.fields.get(name)}" for name in varied[end.key])
+        return ", ".join(
+            f"{name.rpartition('.')[2]} {end.fields.get(name)}" for name in varied[end.key] if name != RATE
+        )
 
-    groups = _grouped(ends, lambda end: (end.key, settings(end), end.values["step"]))
-    if len(groups) > MAX_ROWS:
+    rows: list[Row] = []
+    for (_, apart, _), members in _grouped(ends, lambda end: (end.key, settings(end), end.values["step"])):
+        rows += _rows_of_rates(members, apart, scores)
+    if len(rows) > MAX_ROWS:
         names = sorted({name for apart in varied.values() for name in apart})
         raise UsageError(
             f"The cells differ in more than method, formulation, size and seed: {', '.join(names)}, which makes "
-            f"{len(groups)} rows, and at most {MAX_ROWS} can be shown. "
+            f"{len(rows)} rows, and at most {MAX_ROWS} can be shown. "
             "For a sweep of many fields use: python analysis/plot_search.py --sweep NAME"
         )
-    rows = [_our_row(members, apart, scores) for (_, apart, _), members in groups]
     return _relative_to_dit(sorted(rows, key=_in_order))
+
+
+def _set_apart(members: list[Final]) -> list[str]:
+    """Axes and fields in which these cells differ, but for the seed, and for fields that follow from a named axis."""
+    names = sorted({name for end in members for name in end.fields} - {"seed", *METHOD_FIELDS})
+    varied = [name for name in names if len({repr(end.fields.get(name)) for end in members}) > 1]
+    named = [name for name in varied if "." not in name]
+
+    def follows(field: str) -> bool:  # one value for each point of the named axes
+        if "." not in field or any(f"axis.{field}" in end.tags for end in members):
+            return False
+        pairs = {(*(repr(end.fields.get(name)) for name in [*named, field]),) for end in members}
+        return len(pairs) == len({pair[:-1] for pair in pairs})
+
+    return [name for name in varied if not follows(name)]
+
+
+def _rows_of_rates(members: list[Final], settings: str, scores: tuple[str, ...]) -> list[Row]:
+    """The row of cells that differ in seed and learning rate: the default's, and the best rate's."""
+    rates = dict(_grouped(members, lambda end: end.fields.get(RATE)))
+    if list(rates) == [None]:
+        return [_our_row(members, settings, scores)]
+    if DEFAULT_RATE not in rates:
+        return []
+    rows = [_our_row(rates[DEFAULT_RATE], settings, scores)]
+    score = f"eval/{scores[0]}"
+    by_seed = {
+        rate: {end.values["seed"]: end.values[score] for end in ends if pd.notna(end.values.get(score))}
+        for rate, ends in rates.items()
+    }
+    best = best_rate(by_seed)
+    if best and best.rate != DEFAULT_RATE:
+        named = ", ".join([*([settings] if settings else []), f"{RATE} {best.rate}, best of {best.among}"])
+        rows.append(_our_row(rates[best.rate], named, scores) | {"notes": PICKED})
+    return rows
 
 
 def _grouped(ends: list[Final], key: Callable[[Final], Any]) -> list[tuple[Any, list[Final]]]:
@@ -110,9 +172,10 @@ def _our_row(members: list[Final], settings: str, scores: tuple[str, ...]) -> Ro
         "seeds": len(members),
         "not_comparable": not_comparable(fields, tags),
         "notes": "",
+        "identities": [end.values["identity"] for end in members],
     }
     for score in scores:
-        row |= _score(score, [end.values.get(f"eval/{score}") for end in members])
+        row |= _score(score, [end.values.get(DIAGNOSTICS.get(score, f"eval/{score}")) for end in members])
     return row
 
 

@@ -6,9 +6,10 @@ Figures are made without pyplot, so nothing here touches a screen, or the figure
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib.style
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,6 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
+from numpy.typing import ArrayLike
 
 from sddit.config import METHOD_CONFIGS
 
@@ -39,10 +41,12 @@ class Look(NamedTuple):
 # The control that the paper lacks has a look of its own; it is no variant of the method "sddit" or "dit".
 DIT_EDM = Look("DiT (EDM)", "#A0407A", "v", (0, (5, 1, 1, 1, 1, 1)))
 
+LABELS = ("DiT", DIT_EDM.label, "MaskDiT", "MDT", "SD-DiT")  # the order of figures and tables
+
 
 def look(method: str, kind: str | None = None) -> Look:
-    """Of a method under a formulation ('edm', 'iddpm'; None: its published one), which the label names if unusual."""
-    unusual = method in METHOD_CONFIGS and kind is not None and kind != METHOD_CONFIGS[method].published_kind  # type: ignore[attr-defined]
+    """Of a method under a formulation ('edm', 'iddpm'; None, '': its published one), which the label names if unusual."""
+    unusual = method in METHOD_CONFIGS and bool(kind) and kind != METHOD_CONFIGS[method].published_kind  # type: ignore[attr-defined]
     if unusual and method == "dit":
         return DIT_EDM
     label = METHOD_NAMES.get(method, method) + (f" ({kind.upper()})" if unusual and kind else "")
@@ -53,6 +57,11 @@ def look(method: str, kind: str | None = None) -> Look:
         LINES.get(method, OTHER_LINE),
     )
 
+
+# Cells that are in no mean are faded, and hollow.
+STATE_MARKERS = {"pruned": "v", "failed": "X", "running": "o", "done": "d"}  # done: with fewer steps than others
+STATE_ALPHA = 0.6
+FLOOR = {"color": "#8C8C8C", "linewidth": 0.9, "linestyle": "--"}  # of the noise floor
 
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN_WIDTH = 3.2, 2.7, 1.5  # inches; the margin holds axis label and legend
 CAPTION_POINTS = 7.0
@@ -96,14 +105,29 @@ def shades(colour: str, count: int) -> list[tuple[float, float, float]]:
     return [shade(colour, strength) for strength in np.linspace(0.4, 1.0, count)] if count > 1 else [to_rgb(colour)]
 
 
-def panels(count: int, caption: str) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels with common axes, and the caption below them in as many lines as it needs."""
+def panels(
+    count: int,
+    caption: str,
+    *,
+    size: tuple[float, float] = (PANEL_WIDTH, PANEL_HEIGHT),
+    margin: float = MARGIN_WIDTH,
+    share: bool | Literal["row"] = True,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, and the caption below them in as many lines as it needs.
+
+    Args:
+        count: two and three panels stand side by side, four in two rows, more in rows of three.
+        caption: its paragraphs end with a line break.
+        size: width and height of a panel, in inches.
+        margin: what the figure is wider than its panels, in inches.
+        share: one pair of axes for all panels; 'row': one y axis for each row; False: each its own.
+    """
     columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
-    width = columns * PANEL_WIDTH + MARGIN_WIDTH
+    width = columns * size[0] + margin
     lines = [line for part in caption.split("\n") for line in _wrap(part, width - 0.3)]
     caption_height = (len(lines) + 1) * 1.25 * CAPTION_POINTS / POINTS_PER_INCH
-    height = rows * PANEL_HEIGHT + caption_height
+    height = rows * size[1] + caption_height
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     below = caption_height / height
@@ -111,7 +135,7 @@ def panels(count: int, caption: str) -> tuple[Figure, list[Axes]]:
     figure.text(
         0.15 / width, below - 0.04 / height, "\n".join(lines), va="top", fontsize=CAPTION_POINTS, linespacing=1.25
     )
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    axes = figure.subplots(rows, columns, sharex=share is True, sharey=share, squeeze=False).ravel().tolist()
     for unused in axes[count:]:
         unused.remove()
     return figure, axes[:count]
@@ -126,6 +150,35 @@ def label_axes(axes: list[Axes], x_label: str, y_label: str) -> None:
             panel.tick_params(labelbottom=True)
         if i % columns == 0:
             panel.set_ylabel(y_label)
+
+
+def score_limits(scores: ArrayLike, lows: ArrayLike, highs: ArrayLike) -> tuple[float, float, bool]:
+    """Lowest and highest value of a score's axis, and whether intervals reach beyond.
+
+    Every score is inside, and intervals up to half as much again: with two seeds they can be far wider than all that
+    was measured, and would press the lines flat. Room is left at both ends as a logarithmic axis needs it where
+    `score_axis` makes one.
+    """
+    least, most = np.nanmin(scores), np.nanmax(scores)
+    low = max(np.nanmin(np.append(lows, least)), least / 1.5)
+    high = min(np.nanmax(np.append(highs, most)), most * 1.5)
+    if low > 0 and high / low > 10:
+        low, high = low / 1.15, high * 1.15
+    else:
+        room = 0.06 * (high - low) or 0.5
+        low, high = low - room, high + room
+    return low, high, bool((np.asarray(lows) < low).any() or (np.asarray(highs) > high).any())
+
+
+def score_axis(panel: Axes, low: float, high: float, which: Literal["x", "y"] = "y") -> None:
+    """Sets the limits of an axis with scores; beyond a decade it is logarithmic."""
+    if low > 0 and high / low > 10:
+        panel.set(**{f"{which}scale": "log"})
+        axis = panel.yaxis if which == "y" else panel.xaxis
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    panel.set(**{f"{which}lim": (low, high)})
 
 
 def _wrap(text: str, width: float) -> list[str]:

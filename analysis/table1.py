@@ -18,6 +18,7 @@ TABLE = tables.Table(
     sweep="convergence",
     published=paper.TABLE_1,
     scores=("fid",),
+    diagnostics=tuple(tables.DIAGNOSTICS),
 )
 
 

@@ -11,14 +11,27 @@ import numpy as np
 import pandas as pd
 
 from analysis import common, finals, markup, paper
+from sddit.config import FRESH_SEED
 from sddit.errors import SdditError
 from sddit.results import load_cells, load_results, sweep_names
 
 SCORES = {"fid": "FID ↓", "sfid": "sFID ↓", "is": "IS ↑", "precision": "Prec. ↑", "recall": "Rec. ↑"}
+DIAGNOSTICS = {"probe": "probe ↑", "copying": "copying", "sampling_sd": "FID sd"}  # by name in `finals`
 COLUMNS = [
     "source", "model", "method", "size", "kind", "settings", "steps", "batch", "images", "epochs", "flops",
     "relative_cost", "protocol", "sampler", "seeds",
 ]  # fmt: skip
+MEANINGS = {
+    "probe": (
+        "Probe: accuracy on held-out images of a linear classifier on the encoder's features, seen with noise of "
+        "standard deviation 0.5."
+    ),
+    "copying": (
+        "Copying: median distance of samples to their nearest training image over that of held-out images; far below 1 "
+        "where samples are copies."
+    ),
+    "sampling_sd": "FID sd: sampling noise, the standard deviation of one checkpoint's FID over evaluation seeds.",
+}
 COUNTS = ("steps", "batch", "images", "seeds")
 REALS = ("epochs", "flops", "relative_cost")
 
@@ -32,7 +45,12 @@ class Table:
     sweep: str
     published: tuple[paper.Published, ...]
     scores: tuple[str, ...]  # keys of SCORES
+    diagnostics: tuple[str, ...] = ()  # keys of DIAGNOSTICS, shown where they are recorded
     remarks: tuple[str, ...] = ()  # on the published values
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return (*self.scores, *self.diagnostics)
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ class TableData:
     Its columns: source ('ours' or 'paper'), model, method, size, kind, settings (what sets the row apart from others
     of its model), steps, batch, images, epochs, flops, relative_cost (training FLOPs of one image, those of DiT of the
     same size being 1), protocol, sampler, seeds; each score's mean with SCORE_low and SCORE_high (95 % t-interval) and
-    SCORE_seeds; not_comparable and notes (texts; empty where there is nothing to say).
+    SCORE_seeds, so for diagnostics; not_comparable and notes (texts; empty where there is nothing to say).
     """
 
     table: Table
@@ -63,7 +81,8 @@ def read(table: Table, sweep: str, tracking_uri: str | None = None) -> tuple[pd.
     """
     if sweep == table.sweep and sweep not in sweep_names(tracking_uri):
         return None
-    return load_results(sweep, tracking_uri, metrics=[finals.FLOPS]), load_cells(sweep, tracking_uri)
+    metrics = [finals.FLOPS, *(finals.DIAGNOSTICS[name] for name in table.diagnostics)]
+    return load_results(sweep, tracking_uri, metrics=metrics), load_cells(sweep, tracking_uri)
 
 
 def collect(
@@ -86,15 +105,17 @@ def collect(
     if results is None or cells is None:
         nothing = f"Nothing of ours yet: no sweep {table.sweep!r} is recorded. Make it with: {_command(table)}"
     else:
-        final = finals.final_scores(results, cells, table.scores)
+        final = finals.final_scores(common.without_fresh_seeds(results), cells, table.scores)
         nothing = (
-            f"Nothing of ours yet: {common.counted(len(cells), 'cell')} recorded, none done with a score. Run the "
-            f"sweep again to resume it, e.g. {_command(table)}"
+            f"Nothing of ours yet: {common.counted(len(cells), 'cell')} recorded, none done with a score"
+            f"{' at the default learning rate' if len(final) else ''}. Run the sweep again to resume it, e.g. "
+            f"{_command(table)}"
         )
-        if len(final):
+        rows = finals.our_rows(final, cells, table.measured)
+        if rows:
             nothing = ""
-            rows = finals.our_rows(final, cells, table.scores)
-            remarks += _our_remarks(final, cells, rows, table.scores)
+            shown = final["identity"].isin({identity for row in rows for identity in row["identities"]})
+            remarks += _our_remarks(final[shown], final[~shown], cells, rows, table)
     if nothing and not with_paper:
         raise SdditError(nothing)
     if with_paper:
@@ -104,7 +125,7 @@ def collect(
         "Steps are not compute-matched. FLOPs: of the whole training, two per multiply-add, a pass with gradient "
         "counted three times. × DiT: FLOPs of one training image, those of DiT of the same size being 1."
     )
-    return TableData(table, _frame(rows, table.scores), remarks, lead=nothing)
+    return TableData(table, _frame(rows, table.measured), remarks, lead=nothing)
 
 
 def _frame(rows: list[finals.Row], scores: tuple[str, ...]) -> pd.DataFrame:
@@ -144,9 +165,13 @@ def _command(table: Table) -> str:
 
 
 def _our_remarks(
-    final: pd.DataFrame, cells: pd.DataFrame, rows: list[finals.Row], scores: tuple[str, ...]
+    final: pd.DataFrame, other_rates: pd.DataFrame, cells: pd.DataFrame, rows: list[finals.Row], table: Table
 ) -> list[str]:
-    """What the rows of ours are, under which protocol, and what is not in them."""
+    """What the rows of ours are, under which protocol, and what is not in them.
+
+    `final`: the last evaluations that are shown; `other_rates`: those at learning rates that are not.
+    """
+    fresh = len(cells) - len(cells := common.without_fresh_seeds(cells))
     seeds = sorted({row["seeds"] for row in rows})
     if seeds == [1]:
         spread = "n=1: one seed, so no interval and no evidence of a difference"
@@ -156,11 +181,21 @@ def _our_remarks(
             spread += "; n=1 has no interval and is no evidence of a difference"
     of = f" of {len(cells)}" if len(cells) > len(final) else ""
     first = f"Ours: the last step of {len(final)}{of} cells, never the best; {spread}. "
-    remarks = [first + common.provenance(final, cells[cells["identity"].isin(final["identity"])])]
+    shown = cells[cells["identity"].isin(final["identity"])]
+    remarks = [first + common.provenance(final, shown)]
     remarks.append(
         f"Ours are trained under the formulation of their authors unless another is named. {_samplers(rows)}"
     )
-    rest = cells[~cells["identity"].isin(final["identity"])]
+    if floor := common.noise_floor(shown):
+        remarks.append(str(floor))
+    rest = cells[~cells["identity"].isin({*final["identity"], *other_rates["identity"]})]
+    if len(other_rates):
+        remarks.append(
+            f"Not shown: {common.counted(len(other_rates), 'cell')} at learning rates that are neither a system's "
+            "default nor its best."
+        )
+    if fresh:
+        remarks.append(f"Not shown: {common.counted(fresh, 'cell')} of fresh seeds ({FRESH_SEED} and on).")
     if len(rest):
         words = {**common.STATE_WORDS, "done": "done but without a score at its last step"}
         counts = ", ".join(f"{n} {words.get(str(state), state)}" for state, n in rest["state"].value_counts().items())
@@ -171,9 +206,13 @@ def _our_remarks(
         )
     if any(np.isnan(row["relative_cost"]) for row in rows):
         remarks.append("× DiT needs a DiT of the same size in the sweep; where it is missing there is none.")
-    if unscored := [score for score in scores if not any(row[f"{score}_seeds"] for row in rows)]:
+    if unscored := [score for score in table.scores if not any(row[f"{score}_seeds"] for row in rows)]:
         remarks.append(f"Not scored in this sweep: {', '.join(unscored)}. The field eval.metrics asks for them.")
-    return remarks
+    return remarks + [
+        text
+        for name, text in MEANINGS.items()
+        if name in table.diagnostics and any(row[f"{name}_seeds"] for row in rows)
+    ]
 
 
 def _samplers(rows: list[finals.Row]) -> str:
@@ -191,14 +230,15 @@ def _samplers(rows: list[finals.Row]) -> str:
 
 def as_text(data: TableData) -> markup.Text:
     """The table in words and digits."""
-    frame = data.frame
+    frame, scores = data.frame, data.table.scores
+    diagnostics = [name for name in data.table.diagnostics if frame[name].notna().any()]
     reasons = list(dict.fromkeys(text for text in frame["not_comparable"] if text))
     notes = list(dict.fromkeys(text for texts in frame["notes"] for text in texts.split("\n") if text))
     marks = {text: "†" * (i + 1) for i, text in enumerate(reasons)}
     marks |= {text: chr(ord("a") + i) for i, text in enumerate(notes)}
     head = [
         "source", "model", "steps", "batch", "images (M)", "epochs", "FLOPs", "× DiT", "protocol", "seeds",
-        *(SCORES[score] for score in data.table.scores), "notes",
+        *(SCORES[name] for name in scores), *(DIAGNOSTICS[name] for name in diagnostics), "notes",
     ]  # fmt: skip
     rows = []
     for values in frame.to_dict("records"):
@@ -216,7 +256,8 @@ def as_text(data: TableData) -> markup.Text:
                 _number(row["relative_cost"], ".2f"),
                 row["protocol"],
                 markup.NONE if _missing(row["seeds"]) else f"n={row['seeds']:.0f}",
-                *(_scored(row, score, dagger) for score in data.table.scores),
+                *(_scored(row, name, dagger) for name in scores),
+                *(_scored(row, name, "") for name in diagnostics),
                 " ".join(marks[text] for text in row["notes"].split("\n") if text),
             ]
         )
@@ -237,11 +278,12 @@ def _scored(row: finals.Row, score: str, dagger: str) -> str:
     """'8.10 ± 0.25†', and over how many seeds where these are fewer than the row's."""
     if _missing(row[score]):
         return markup.NONE
+    form = ".3f" if score == "probe" else ".2f"
     half = row[f"{score}_high"] - row[score]
-    spread = f" ± {half:.2f}" if np.isfinite(half) else ""
+    spread = f" ± {half:{form}}" if np.isfinite(half) else ""
     seeds = row[f"{score}_seeds"]
     fewer = f" (n={seeds:.0f})" if row["source"] == finals.SOURCE and seeds != row["seeds"] else ""
-    return f"{row[score]:.2f}{spread}{fewer}{dagger}"
+    return f"{row[score]:{form}}{spread}{fewer}{dagger}"
 
 
 def make(

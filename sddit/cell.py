@@ -36,13 +36,21 @@ def run_cell(
     report: Callable[[int, dict[str, float]], None],
     *,
     device: str = "cpu",
-    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Trains, scores and records a cell on this worker, from its newest checkpoint on.
 
     Within a process group every worker calls it; rank and size are the group's. Returns plain values: 'step',
-    'finished', 'checkpoint' and the last evaluation's metrics.
+    'finished' (False where the driver asked it to stop), 'checkpoint' and the last evaluation's metrics.
     """
+    experiment = Experiment.parse(spec.experiment)
+    with _own_settings(experiment.resources.cpus_per_worker):
+        return _run(spec, experiment, report, device)
+
+
+def _run(
+    spec: CellSpec, experiment: Experiment, report: Callable[[int, dict[str, float]], None], device: str
+) -> dict[str, Any]:
+    """`run_cell` within a process's own settings; what it holds is gone when it returns."""
     import torch
 
     from sddit.data import content_digest, open_manifest
@@ -56,56 +64,52 @@ def run_cell(
     from sddit.training import diagnostics, distributed, loop
     from sddit.training.store import CheckpointStore
 
-    experiment = Experiment.parse(spec.experiment)
     where = torch.device(device)
-    with _own_settings(experiment.resources.cpus_per_worker):
-        manifest = open_manifest(experiment.data.path)
-        identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
-        if identity != spec.identity:
-            raise UsageError(
-                f"The data at {experiment.data.path} are not those the cell was planned with "
-                f"(identity {identity}, planned {spec.identity})."
-            )
-        metrics = diagnostics.metrics_of(experiment)
-        extractor = features.get_extractor(experiment.eval.extractor, where, metrics)
-        record: CellRecord | NullRecord
-        if distributed.rank() == 0:
-            record = CellRecord(
-                spec.tracking_uri, spec.run_id, owned_run=spec.owned_run, token=spec.token, report=report
-            )
-            protocol = Protocol.from_experiment(
-                experiment, manifest.digest, extractor.digest, reference_images=manifest.count
-            )
-            record.tag("sddit.protocol", protocol.digest)
-            record.tag("sddit.protocol.text", protocol.describe())
-            record.tag("sddit.reference_images", str(manifest.count))
-        else:
-            record = NullRecord(report)
-        store = CheckpointStore(spec.storage, fence=record.fence)
-        method = build_method(experiment, manifest.shape, manifest.num_classes)
-        sampler = BatchSampler(
-            Shards(manifest),
-            seed=experiment.seed,
-            batch_size=experiment.train.batch_size,
-            flip=experiment.data.flip,
-            hold_out=experiment.data.hold_out,
+    manifest = open_manifest(experiment.data.path)
+    identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+    if identity != spec.identity:
+        raise UsageError(
+            f"The data at {experiment.data.path} are not those the cell was planned with "
+            f"(identity {identity}, planned {spec.identity})."
         )
-        try:
-            result = loop.train(
-                experiment,
-                method,
-                sampler,
-                store=store,
-                reporter=record,
-                extractor=extractor,
-                reference=lambda: of_manifest(manifest).load(extractor, metrics),
-                device=where,
-                held_out=diagnostics.held_out_images(experiment, sampler),
-                should_stop=should_stop,
-            )
-        finally:
-            record.close()
-        record.fence()
+    metrics = diagnostics.metrics_of(experiment)
+    extractor = features.get_extractor(experiment.eval.extractor, where, metrics)
+    record: CellRecord | NullRecord
+    if distributed.rank() == 0:
+        record = CellRecord(spec.tracking_uri, spec.run_id, owned_run=spec.owned_run, token=spec.token, report=report)
+        protocol = Protocol.from_experiment(
+            experiment, manifest.digest, extractor.digest, reference_images=manifest.count
+        )
+        record.tag("sddit.protocol", protocol.digest)
+        record.tag("sddit.protocol.text", protocol.describe())
+        record.tag("sddit.reference_images", str(manifest.count))
+    else:
+        record = NullRecord(report)
+    store = CheckpointStore(spec.storage, fence=record.fence)
+    method = build_method(experiment, manifest.shape, manifest.num_classes)
+    sampler = BatchSampler(
+        Shards(manifest),
+        seed=experiment.seed,
+        batch_size=experiment.train.batch_size,
+        flip=experiment.data.flip,
+        hold_out=experiment.data.hold_out,
+    )
+    try:
+        result = loop.train(
+            experiment,
+            method,
+            sampler,
+            store=store,
+            reporter=record,
+            extractor=extractor,
+            reference=lambda: of_manifest(manifest).load(extractor, metrics),
+            device=where,
+            held_out=diagnostics.held_out_images(experiment, sampler),
+            should_stop=lambda: record.stop_asked,
+        )
+    finally:
+        record.close()
+    record.fence()
     return {"step": result.step, "finished": result.finished, "checkpoint": result.checkpoint, **result.metrics}
 
 
@@ -115,6 +119,8 @@ def _own_settings(threads: int) -> Iterator[None]:
     reaches the next."""
     import torch
 
+    # A cell before this one may have been ended from outside, its tensors still held by what ended it.
+    _free_memory()
     before, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
@@ -123,6 +129,12 @@ def _own_settings(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         torch.set_default_dtype(dtype)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

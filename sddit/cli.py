@@ -199,10 +199,36 @@ class Export:
             print(f"Load it with diffusers.DiTPipeline.from_pretrained; its README.md says what to set first.{vae}")
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Compare settings of recorded sweeps with the first named, paired by seed, and say what that allows to say.
+
+    A setting is axis=value[,axis=value], e.g. mask_ratio=0.2 or system=SD-DiT,lr=x1, or the identity of a cell (four
+    digits or more), which stands for its setting over all seeds; with SWEEP: before it, of that sweep.
+    """
+
+    settings: tyro.conf.Positional[tuple[str, ...]]
+    """The baseline, then what is compared with it."""
+    sweep: str | None = None
+    """The sweep of the settings that name none."""
+    tracking_uri: str | None = None
+    """Default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    metric: str = "eval/fid"
+    """As named in MLflow."""
+    step: int | None = None
+    """Where to compare; default: the last step, which must be the same for all."""
+
+    def run(self) -> None:
+        from sddit.comparison import compare
+        from sddit.comparison.report import report
+
+        print(report(compare(self.settings, self.sweep, self.tracking_uri, metric=self.metric, step=self.step)))
+
+
 def main() -> None:
     """The command's entry point; exits."""
     commands: dict[str, Any] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "reference": Reference}
-    commands |= {"import": Import, "export": Export}
+    commands |= {"import": Import, "export": Export, "compare": Compare}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
     def run() -> None:

@@ -121,6 +121,7 @@ class SDDiT(Section):
     lambda_d: Annotated[float, Field(ge=0)] = 1.0  # 0: no head, no teacher
     lambda_d_end: Annotated[float, Field(ge=0)] | None = None  # linear from lambda_d to here ...
     lambda_d_horizon: Count | None = None  # ... over this many steps
+    discriminated_tokens: Literal["all", "cls", "patches"] = "all"  # tokens in L_D
     tau_student: Positive = 0.1
     tau_teacher: Positive = 0.07  # of the patches, after the warm-up
     tau_teacher_cls: Positive = 0.04

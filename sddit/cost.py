@@ -144,9 +144,13 @@ def evaluations(experiment: Experiment) -> int:
 
 
 def num_evaluations(experiment: Experiment, from_step: int = 0) -> int:
-    """Evaluations left after `from_step`: on multiples of `eval.every` and on the last step."""
+    """Evaluations left after `from_step`: on multiples of `eval.every` and on the last step, where other evaluation
+    seeds may be asked for too."""
     every, steps = experiment.eval.every, experiment.train.steps
-    return max(0, -(-steps // every) - from_step // every) if from_step < steps else 0
+    if from_step >= steps:
+        return 0
+    more = experiment.eval.final_seeds - 1 if "seeds" in experiment.eval.final else 0
+    return -(-steps // every) - from_step // every + more
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The record read back: MLflow → tidy tables. Reads only, and imports neither torch nor ray.
 
-`load_results` is what figures draw from, `load_cells` what a sweep learns from (what is done, how far the rest is).
-mlflow takes seconds to import, so it is imported when something is read.
+`load_results` is what figures draw from, `load_cells` what a sweep learns from (what is done, how far the rest is),
+`read_sweep` all of it in one go. mlflow takes seconds to import, so it is imported when something is read.
+
+MLflow gives the history of one metric of one run at a time, so most of the time goes there: histories of runs that are
+finished are kept in the cache.
 """
 
 from __future__ import annotations
@@ -9,21 +12,23 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
 import re
 import socket
 import sqlite3
+import uuid
 import warnings
-from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pandas as pd
 
 from sddit.errors import TrackingError, UsageError, did_you_mean
@@ -34,13 +39,15 @@ if TYPE_CHECKING:
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 PAGE = 200  # runs a request: MLflow cuts what is longer than its limit, so always page
-THREADS = 8  # histories asked for side by side
+THREADS = 4  # histories asked for side by side
 INFINITE = 1.797e308  # MLflow stores ±inf as the largest double, 1.7976931348623157e308
 RESULT_COLUMNS = ["identity", "run_id", "state", "seed", "step", "code", "protocol"]
 CELL_COLUMNS = [
     "identity", "run_id", "name", "state", "step", "steps", "seed", "protocol", "code", "params", "metrics", "tags"
 ]  # fmt: skip
+POINT = {"run_id": "str", "key": "str", "step": "int64", "value": "float64"}  # a row of a metric's history
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+AXIS_TAG = "axis."  # of a cell: its value on each axis of its sweep
 FIRST_RUN = (
     "Run a sweep first, e.g. python sweeps/mask_ratio.py, or name another record with --tracking-uri or "
     "MLFLOW_TRACKING_URI."
@@ -55,6 +62,11 @@ class SweepRecord:
     run_id: str | None
     tags: dict[str, str]
 
+    @property
+    def axes(self) -> list[str]:
+        """The names of its axes, in order; none where an older version recorded it."""
+        return json.loads(self.tags.get("sddit.axes", "[]"))
+
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -64,9 +76,10 @@ def load_results(
 ) -> pd.DataFrame:
     """One row per (cell, evaluation step).
 
-    Columns: identity, run_id, state, seed, step, code, protocol; then params and metrics by their MLflow names. An
-    evaluation step is one with an `eval/…` point; other metrics are filled in where they have a point at exactly
-    that step. A cell that was never evaluated has no row: `load_cells` lists it.
+    Columns: identity, run_id, state, seed, step, code, protocol; then params, with the axes of the sweep that are no
+    field (`system`), and metrics by their MLflow names. An evaluation step is one with an `eval/…` point; other
+    metrics are filled in where they have a point at exactly that step. A cell that was never evaluated has no row:
+    `load_cells` lists it.
 
     Args:
         sweep: the sweep's name, i.e. its MLflow experiment.
@@ -78,67 +91,36 @@ def load_results(
         TrackingError: the record does not exist or cannot be reached.
     """
     with _open(sweep, tracking_uri) as (client, experiment):
-        runs = _cell_runs(client, experiment)
-        points = _points_at_evaluations(client, runs, metrics)
-    rows = []
-    param_names: set[str] = set()
-    metric_names: set[str] = set()
-    for run in runs:
-        tags, params = run.data.tags, _params(run)
-        seed = params.pop("seed", None)
-        param_names |= params.keys()
-        for step, values in sorted(points[run.info.run_id].items()):
-            metric_names |= values.keys()
-            head = {
-                "identity": tags.get("sddit.identity", ""),
-                "run_id": run.info.run_id,
-                "state": tags.get("sddit.state", "unknown"),
-                "seed": seed,
-                "step": step,
-                "code": tags.get("sddit.code", ""),
-                "protocol": tags.get("sddit.protocol", ""),
-            }
-            rows.append({**params, **values, **head})
-    return pd.DataFrame(rows, columns=[*RESULT_COLUMNS, *sorted(param_names), *sorted(metric_names)])
+        runs = _cells(_search(client, experiment, "cell"), sweep)
+        return _results(client, experiment, runs, _cell_table(runs), metrics)
 
 
 def load_cells(sweep: str, tracking_uri: str | None = None) -> pd.DataFrame:
     """One row per cell, evaluated or not; cheap, since no metric history is read.
 
     Columns: identity, run_id, name, state, step (reached), steps (asked), seed, protocol, code, and three
-    dictionaries: params, metrics (the last value of each) and tags. Raises as `load_results` does.
+    dictionaries: params (with the axes that are no field), metrics (the last value of each) and tags. Raises as
+    `load_results` does.
     """
     with _open(sweep, tracking_uri) as (client, experiment):
-        runs = _cell_runs(client, experiment)
-    rows = []
-    for run in runs:
-        tags, params = run.data.tags, _params(run)
-        rows.append(
-            {
-                "identity": tags.get("sddit.identity", ""),
-                "run_id": run.info.run_id,
-                "name": run.info.run_name,
-                "state": tags.get("sddit.state", "unknown"),
-                "step": int(tags.get("sddit.step", 0)),
-                "steps": int(tags.get("sddit.steps", 0)),
-                "seed": params.get("seed"),
-                "protocol": tags.get("sddit.protocol", ""),
-                "code": tags.get("sddit.code", ""),
-                "params": params,
-                "metrics": {key: _finite_or_inf(value) for key, value in run.data.metrics.items()},
-                "tags": dict(tags),
-            }
-        )
-    return pd.DataFrame(rows, columns=CELL_COLUMNS)
+        return _cell_table(_cells(_search(client, experiment, "cell"), sweep))
 
 
 def load_sweep(sweep: str, tracking_uri: str | None = None) -> SweepRecord:
     """The sweep's experiment and the tags of its parent run. Raises as `load_results` does."""
     with _open(sweep, tracking_uri) as (client, experiment):
-        parents = _runs_of_kind(client, experiment, "sweep")
-    if not parents:
-        return SweepRecord(experiment.experiment_id, None, {})
-    return SweepRecord(experiment.experiment_id, parents[0].info.run_id, dict(parents[0].data.tags))
+        return _parent(_search(client, experiment, "sweep"), experiment)
+
+
+def read_sweep(
+    sweep: str, tracking_uri: str | None = None, *, metrics: Collection[str] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame, SweepRecord]:
+    """What `load_results`, `load_cells` and `load_sweep` give, from one search. Arguments and errors are theirs."""
+    with _open(sweep, tracking_uri) as (client, experiment):
+        everything = _search(client, experiment)
+        runs = _cells(everything, sweep)
+        cells = _cell_table(runs)
+        return _results(client, experiment, runs, cells, metrics), cells, _parent(everything, experiment)
 
 
 def sweep_names(tracking_uri: str | None = None) -> list[str]:
@@ -161,36 +143,70 @@ def default_tracking_uri() -> str:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def _cell_runs(client: MlflowClient, experiment: Experiment) -> list[Run]:
-    """The sweep's cells, oldest first; of several runs with one identity the oldest."""
-    runs: dict[str, Run] = {}
-    extra = 0
-    for run in _runs_of_kind(client, experiment, "cell"):
-        identity = run.data.tags.get("sddit.identity", run.info.run_id)
-        extra += identity in runs
-        runs.setdefault(identity, run)
-    if extra:
-        warnings.warn(f"{experiment.name}: {extra} runs repeat a recorded cell; the oldest is used.", stacklevel=3)
-    return list(runs.values())
-
-
-def _runs_of_kind(client: MlflowClient, experiment: Experiment, kind: str) -> list[Run]:
+def _search(client: MlflowClient, experiment: Experiment, kind: str | None = None) -> list[Run]:
+    """The sweep's runs (of one kind: 'cell' or 'sweep'), oldest first."""
     runs: list[Run] = []
     token = None
+    wanted = f"tags.`sddit.kind` = '{kind}'" if kind else ""
     while True:
-        page = client.search_runs(
-            [experiment.experiment_id], f"tags.`sddit.kind` = '{kind}'", max_results=PAGE, page_token=token
-        )
+        page = client.search_runs([experiment.experiment_id], wanted, max_results=PAGE, page_token=token)
         runs += page
         token = page.token
         if not token:
             return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
-def _points_at_evaluations(
-    client: MlflowClient, runs: list[Run], metrics: Collection[str] | None
-) -> dict[str, dict[int, dict[str, float]]]:
-    """run_id → evaluation step → metric → value; the first of several points of one (run, metric, step).
+def _cells(runs: list[Run], sweep: str) -> list[Run]:
+    """The cells among them; of several with one identity the oldest."""
+    cells: dict[str, Run] = {}
+    extra = 0
+    for run in runs:
+        if run.data.tags.get("sddit.kind") == "cell":
+            identity = run.data.tags.get("sddit.identity", run.info.run_id)
+            extra += identity in cells
+            cells.setdefault(identity, run)
+    if extra:
+        warnings.warn(f"{sweep}: {extra} runs repeat a recorded cell; the oldest is used.", stacklevel=3)
+    return list(cells.values())
+
+
+def _parent(runs: list[Run], experiment: Experiment) -> SweepRecord:
+    for run in runs:
+        if run.data.tags.get("sddit.kind") == "sweep":
+            return SweepRecord(experiment.experiment_id, run.info.run_id, dict(run.data.tags))
+    return SweepRecord(experiment.experiment_id, None, {})
+
+
+def _cell_table(runs: list[Run]) -> pd.DataFrame:
+    rows = []
+    for run in runs:
+        tags, params = run.data.tags, _params(run)
+        rows.append(
+            {
+                "identity": tags.get("sddit.identity", ""),
+                "run_id": run.info.run_id,
+                "name": run.info.run_name,
+                "state": tags.get("sddit.state", "unknown"),
+                "step": int(tags.get("sddit.step", 0)),
+                "steps": int(tags.get("sddit.steps", 0)),
+                "seed": params.get("seed"),
+                "protocol": tags.get("sddit.protocol", ""),
+                "code": tags.get("sddit.code", ""),
+                "params": params,
+                "metrics": {key: _finite_or_inf(value) for key, value in run.data.metrics.items()},
+                "tags": dict(tags),
+            }
+        )
+    return pd.DataFrame(rows, columns=CELL_COLUMNS)
+
+
+# ----------------------------------------------------------------------------------------------------------- points
+
+
+def _results(
+    client: MlflowClient, experiment: Experiment, runs: list[Run], cells: pd.DataFrame, metrics: Collection[str] | None
+) -> pd.DataFrame:
+    """The table of `load_results`, of runs and their table of cells; of several points of one (run, metric, step) the first.
 
     Points carry timestamps computed from their step, so 'first' is the store's order where a value was recorded
     twice: by timestamp, then step, then value.
@@ -201,35 +217,111 @@ def _points_at_evaluations(
             return False
         return metrics is None or key in metrics or key.startswith("eval/")
 
-    evaluated = [run for run in runs if any(key.startswith("eval/") for key in run.data.metrics)]
-    series = [(run.info.run_id, key) for run in evaluated for key in run.data.metrics if wanted(key)]
-    points: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    repeated: list[str] = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        histories = pool.map(lambda pair: client.get_metric_history(*pair), series)
-        for (run_id, key), history in zip(series, histories, strict=True):
-            for point in history:
-                at_step = points[run_id][point.step]
-                if key in at_step:
-                    repeated.append(f"{key} at step {point.step} of run {run_id}")
-                at_step.setdefault(key, _finite_or_inf(point.value))
-    if repeated:
+    params = sorted({name for values in cells["params"] for name in values} - {"seed"})
+    head = [name for name in RESULT_COLUMNS if name != "step"]
+    evaluated = [i for i, run in enumerate(runs) if any(key.startswith("eval/") for key in run.data.metrics)]
+    heads = pd.DataFrame(
+        [row["params"] | {name: row[name] for name in head} for row in cells.iloc[evaluated].to_dict("records")],
+        columns=[*head, *params],
+    )
+    points = _histories(client, experiment, [runs[i] for i in evaluated], wanted)
+    repeated = points.duplicated(["run_id", "key", "step"])
+    if repeated.any():
+        first = points[repeated].iloc[0]
         warnings.warn(
-            f"{len(repeated)} points were recorded twice, e.g. {repeated[0]}; the first is used.", stacklevel=3
+            f"{repeated.sum()} points were recorded twice, e.g. {first['key']} at step {first['step']} of run "
+            f"{first['run_id']}; the first is used.",
+            stacklevel=3,
         )
-    at_evaluations: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-    for run_id, steps in points.items():
-        for step, values in steps.items():
-            if any(key.startswith("eval/") for key in values):
-                at_evaluations[run_id][step] = values
-    return at_evaluations
+        points = points[~repeated]
+    large = points["value"].abs() >= INFINITE
+    points = points.assign(value=points["value"].mask(large, np.copysign(math.inf, points["value"])))
+    points["cell"] = points["run_id"].map({run_id: i for i, run_id in enumerate(heads["run_id"])}).astype(int)
+    where = pd.MultiIndex.from_frame(points[["cell", "step"]])
+    points = points[where.isin(where[points["key"].str.startswith("eval/")])]
+    wide = points.pivot(index=["cell", "step"], columns="key", values="value").rename_axis(columns=None)
+    heads = heads.iloc[wide.index.get_level_values("cell")].reset_index(drop=True)
+    table = pd.concat([heads, wide.reset_index("step").reset_index(drop=True)], axis=1)
+    return table[[*RESULT_COLUMNS, *params, *wide.columns]]
+
+
+def _histories(
+    client: MlflowClient, experiment: Experiment, runs: list[Run], wanted: Callable[[str], bool]
+) -> pd.DataFrame:
+    """All points of the metrics that are wanted, in the store's order: run_id, key, step, value.
+
+    A point needs no second reading once its run is finished: those are kept in one file a sweep, under a fingerprint
+    that is another one when the run is taken up again.
+    """
+    store = hashlib.sha256(f"{_shown(client.tracking_uri)}/{experiment.experiment_id}".encode()).hexdigest()[:24]
+    folder = os.path.expanduser(os.environ.get("SDDIT_CACHE") or "~/.cache/sddit")  # as sddit.data.cache_dir
+    cache = Path(folder, "results", f"{store}.parquet")
+    finished = {run.info.run_id: mark for run in runs if (mark := _fingerprint(run))}
+    series = [(run.info.run_id, key) for run in runs for key in run.data.metrics if wanted(key)]
+    kept = _kept(cache, finished, sorted({key for _, key in series}))
+    known = set(pd.MultiIndex.from_frame(kept[["run_id", "key"]]).unique())
+    missing = [pair for pair in series if pair not in known]
+    if not missing:
+        return kept
+    with ThreadPoolExecutor(THREADS) as pool:
+        histories = pool.map(lambda pair: client.get_metric_history(*pair), missing)
+        points = [
+            (*pair, point.step, point.value)
+            for pair, history in zip(missing, histories, strict=True)
+            for point in history
+        ]
+    fetched = pd.DataFrame(points, columns=list(POINT)).astype(POINT)
+    _keep(cache, finished, fetched[fetched["run_id"].isin(finished)])
+    return pd.concat([kept, fetched], ignore_index=True)
+
+
+def _fingerprint(run: Run) -> str | None:
+    """Of a run that is finished: what cannot stay the same when points are added. None of one that is not."""
+    tags = run.data.tags
+    if run.info.status != "FINISHED" or tags.get("sddit.state") not in ("done", "pruned"):
+        return None
+    seen = [tags.get("sddit.step"), tags["sddit.state"], run.info.end_time, sorted(run.data.metrics.items())]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _kept(cache: Path, finished: Mapping[str, str], keys: list[str] | None = None) -> pd.DataFrame:
+    """The points in the cache (of these keys) whose runs are as they were; none where it cannot be read."""
+    try:
+        frame = pd.read_parquet(cache, filters=None if keys is None else [("key", "in", keys)])
+        frame = frame[frame["fingerprint"] == frame["run_id"].map(finished)]
+        return frame[list(POINT)].astype(POINT)
+    except Exception:  # whatever is wrong with it, the record itself is there to be read
+        return pd.DataFrame(columns=list(POINT)).astype(POINT)
+
+
+def _keep(cache: Path, finished: Mapping[str, str], fetched: pd.DataFrame) -> None:
+    """Adds to the cache, in one go. What cannot be kept is fetched again next time."""
+    if fetched.empty:
+        return
+    part = cache.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        kept = _kept(cache, finished)
+        series = [pd.MultiIndex.from_frame(frame[["run_id", "key"]]) for frame in (kept, fetched)]
+        frame = pd.concat([kept[~series[0].isin(series[1])], fetched])
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        frame.assign(fingerprint=frame["run_id"].map(finished)).to_parquet(part, index=False)
+        part.replace(cache)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- values
 
 
 def _params(run: Run) -> dict[str, Any]:
-    return {key: parse_param(key, text) for key, text in sorted(run.data.params.items())}
+    """The params as values, and the cell's place on the axes that are no field: their names have no dot."""
+    axes = {
+        name: text
+        for tag, text in run.data.tags.items()
+        if tag.startswith(AXIS_TAG) and "." not in (name := tag.removeprefix(AXIS_TAG)) and name not in RESULT_COLUMNS
+    }
+    return {key: parse_param(key, text) for key, text in sorted({**axes, **run.data.params}.items())}
 
 
 def parse_param(key: str, text: str) -> Any:

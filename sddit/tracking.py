@@ -16,9 +16,11 @@ import io
 import json
 import logging
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -142,6 +144,12 @@ class Owner:
         self._stop = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
+    def ask_to_stop(self) -> None:
+        """Cells that belong to this claim see it at their next record, and stop after a checkpoint."""
+        owner = read_owner(self.client, self.run_id)
+        if owner.get("token") == self.token:
+            self.client.set_tag(self.run_id, "sddit.owner", json.dumps({**owner, "stop": True}))
+
     def confirm(self) -> None:
         """Checks that the claim stood: of two that start at once, the later writer has it. Call it a moment later.
 
@@ -224,18 +232,26 @@ class SweepRecord:
             return found[0].info.run_id
         tags = {"sddit.kind": "sweep", "mlflow.user": _user(), "mlflow.source.name": self.sweep}
         if question:
-            tags["sddit.question"] = tags["mlflow.note.content"] = question
+            tags["sddit.question"] = question
         return self.client.create_run(self.experiment_id, run_name=self.sweep, tags=tags).info.run_id
 
     # ---- cells
 
     def start_cell(
-        self, experiment: Experiment, *, identity: str, data_digest: str, label: str, run_id: str | None
+        self,
+        experiment: Experiment,
+        *,
+        identity: str,
+        data_digest: str,
+        label: str,
+        run_id: str | None,
+        more_tags: Mapping[str, str] | None = None,
     ) -> str:
         """The run of a cell, created or opened again, in state 'running'. Returns its run id."""
         from mlflow.entities import Param, RunTag
 
         tags = {
+            **(more_tags or {}),
             "sddit.kind": "cell",
             "sddit.identity": identity,
             "sddit.state": "running",
@@ -269,20 +285,38 @@ class SweepRecord:
             self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             self.client.set_terminated(run_id, status="FAILED" if state == "failed" else "FINISHED")
 
+    def interrupt_cell(self, run_id: str) -> None:
+        """A cell has stopped after a checkpoint and goes on with the next command: its state stays 'running'."""
+        with _as_tracking_error(f"The stop of run {run_id} could not be recorded"):
+            self.client.set_terminated(run_id, status="KILLED")
+
     def read_step(self, run_id: str) -> int:
         """The step that a running cell has recorded last."""
         return int(self.client.get_run(run_id).data.tags.get("sddit.step", 0))
 
-    def set_tag(self, name: str, value: str) -> None:
-        """A tag of the parent run; refused when it is too long, since MLflow would cut it in silence."""
-        if len(value) > 8000:
-            raise TrackingError(f"Tag {name} has {len(value)} characters; MLflow holds 8000.")
-        with _as_tracking_error(f"Tag {name} of sweep {self.sweep!r} could not be set"):
-            self.client.set_tag(self.parent_id, name, value)
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the parent run; refused when one is too long, since MLflow would cut it in silence."""
+        from mlflow.entities import RunTag
 
-    def artifact(self, path: Path) -> None:
-        """A file on the parent run; written over when it is there already."""
-        with _as_tracking_error(f"{path} could not be put on the sweep's run"):
+        for name, value in tags.items():
+            if len(value) > 8000:
+                raise TrackingError(f"Tag {name} has {len(value)} characters; MLflow holds 8000.")
+        with _as_tracking_error(f"Tags of sweep {self.sweep!r} could not be set"):
+            self.client.log_batch(self.parent_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def describe(self, question: str) -> None:
+        """The description that MLflow's UI shows, with a link to the report."""
+        link = f"#/experiments/{self.experiment_id}/runs/{self.parent_id}/artifacts/report.html"
+        note = f"{question}\n\n[report.html]({link})"
+        self.set_tags({"mlflow.note.content": note})
+        with _as_tracking_error(f"Sweep {self.sweep!r} could not be described"):
+            self.client.set_experiment_tag(self.experiment_id, "mlflow.note.content", note)
+
+    def artifact(self, path: Path, name: str | None = None) -> None:
+        """A file on the parent run, under its own name or another; written over when it is there already."""
+        with _as_tracking_error(f"{path} could not be put on the sweep's run"), tempfile.TemporaryDirectory() as folder:
+            if name and name != path.name:
+                path = Path(shutil.copy(path, Path(folder) / name))
             self.client.log_artifact(self.parent_id, str(path))
 
 
@@ -349,6 +383,7 @@ class CellRecord:
         self._wake = threading.Condition()
         self._closing = self._urgent = False
         self._failure: BaseException | None = None
+        self.stop_asked = False  # by the driver, through its claim
         self._thread = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
         self._thread.start()
 
@@ -401,7 +436,9 @@ class CellRecord:
         if self.owned_run is None:
             return
         with contextlib.suppress(MlflowException):
-            if read_owner(self.client, self.owned_run).get("token") != self.token:
+            owner = read_owner(self.client, self.owned_run)
+            self.stop_asked = bool(owner.get("stop"))
+            if owner.get("token") != self.token:
                 raise SupersededError("Another driver has taken this sweep over; this cell stops without writing.")
 
     def flush(self, timeout: float) -> bool:
@@ -512,6 +549,8 @@ class CellRecord:
 
 class NullRecord:
     """The reporter of workers other than the first: they report evaluations and record nothing."""
+
+    stop_asked = False
 
     def __init__(self, report: Callable[[int, dict[str, float]], None]) -> None:
         self.report = report

@@ -14,7 +14,7 @@ sweep = Sweep(
     name="mask_ratio",
     question="How does FID depend on the mask ratio of SD-DiT's student?",
     axes={"method.mask_ratio": [0.0, 0.2, 0.3, 0.5, 0.65, 0.75]},
-    figure="analysis.plot_mask_ratio",
+    figures=("analysis.plot_mask_ratio",),
     suggest=lambda trial: {"method.mask_ratio": trial.suggest_float("method.mask_ratio", 0.0, 0.8, step=0.05)},
 )
 

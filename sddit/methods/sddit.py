@@ -197,9 +197,12 @@ class SDDiTMethod(Method):
         if context.targets is not None:
             tokens_ce = discrimination.cross_entropy(self.heads(encoded, options.tau_student), context.targets)
             cls, patch = tokens_ce[:, 0], tokens_ce[:, 1:].mean(dim=1)
-            total = total + self.lambda_d(step) * (cls + patch).mean()
+            # A weight of 0, not a term left out: every parameter gets a gradient, as DistributedDataParallel asks.
+            in_loss = [float(options.discriminated_tokens in ("all", kind)) for kind in ("cls", "patches")]
+            discriminative = (in_loss[0] * cls + in_loss[1] * patch).mean()
+            total = total + self.lambda_d(step) * discriminative
             parts |= {"discriminative_cls": cls.detach().mean(), "discriminative_patch": patch.detach().mean()}
-            parts["discriminative"] = parts["discriminative_cls"] + parts["discriminative_patch"]
+            parts["discriminative"] = discriminative.detach()
         return Losses(total, per_image.detach(), parts)
 
     def lambda_d(self, step: int) -> float:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import secrets
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from sddit.errors import SdditError, UsageError
 GIB = 2**30
 # A nested trial's driver, controller and five helpers, beside its workers (measured: 3.3 GB with one worker's 1.2).
 NESTED_BYTES = int(2.1e9)
+CUDA_BYTES = int(1.5e9)  # of a process on a GPU, beside its tensors: context, kernels, workspaces
+GPU_SHARE = 0.8  # of a GPU's memory that predictions may fill
+MAX_SHARING = 4  # cells on one GPU: beyond it they slow each other as much as they gain
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Node:
     cpus: float
     gpus: float
     memory: float  # bytes
+    gpu_memory: float = 0.0  # bytes of each, where it is known
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,44 @@ def nodes() -> list[Node]:
     """The living nodes of the connected cluster."""
     import ray
 
-    resources = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return [Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0)) for r in resources]
+    found = [(n["NodeID"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    ask = ray.remote(_gpu_memory)
+    asked = {
+        node: ask.options(num_cpus=0, scheduling_strategy=on(node, soft=False)).remote()
+        for node, resources in found
+        if resources.get("GPU")
+    }
+    memory = dict(zip(asked, ray.get(list(asked.values())), strict=True))
+    return [Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0), memory.get(node, 0.0)) for node, r in found]
 
 
-def place(cluster: Sequence[Node], resources: Resources, worker_bytes: int) -> Placement:
+def this_machine() -> Node:
+    """What Ray would find here, roughly, without starting it."""
+    import psutil
+
+    memory = _gpu_memory()
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if memory else 0
+    return Node(os.cpu_count() or 1, gpus, 0.7 * psutil.virtual_memory().available, memory)
+
+
+def _gpu_memory() -> float:
+    """Bytes of the smallest GPU of this machine; 0 where there is none, or no driver's tool to ask."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        return min(float(line) for line in lines) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0.0
+
+
+def place(
+    cluster: Sequence[Node], resources: Resources, worker_bytes: int, *, device_bytes: int = 0, cells: int = 1
+) -> Placement:
     """How many cells run at once: no worker straddles nodes, drivers of nested cells take memory and no CPU.
+
+    Where nothing is said of GPUs, a worker has one to itself, or cells of one worker share one when there are more
+    of them than GPUs and `device_bytes` of each leave room.
 
     Raises:
         UsageError: not even one cell can ever run on this cluster.
@@ -131,6 +168,8 @@ def place(cluster: Sequence[Node], resources: Resources, worker_bytes: int) -> P
     gpus = resources.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if any(node.gpus for node in cluster) else 0.0
+        if gpus and workers == 1:
+            gpus = 1 / _sharing(cluster, device_bytes, cells)
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if gpus:
         per_worker["GPU"] = gpus
@@ -163,6 +202,15 @@ def place(cluster: Sequence[Node], resources: Resources, worker_bytes: int) -> P
         f"floor({slots} / {workers}) = {concurrent} cell{'s' if concurrent > 1 else ''} at once (limit: {limit})"
     )
     return Placement(concurrent, per_worker, arithmetic, len(cluster))
+
+
+def _sharing(cluster: Sequence[Node], device_bytes: int, cells: int) -> int:
+    """How many cells share a GPU."""
+    on_gpus = [node for node in cluster if node.gpus]
+    each = device_bytes + CUDA_BYTES
+    fit = min(int(GPU_SHARE * node.gpu_memory // each) for node in on_gpus)
+    wanted = math.ceil(cells / sum(node.gpus for node in on_gpus))
+    return max(1, min(MAX_SHARING, fit, wanted))
 
 
 def _fits(node: Node, per_worker: Mapping[str, float]) -> int:

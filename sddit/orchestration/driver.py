@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from rich.console import Console
 
-from sddit import results
+from sddit import cost, results
 from sddit.cell import CellSpec
-from sddit.errors import SdditError
+from sddit.config import FRESH_SEED
+from sddit.errors import SdditError, UsageError
 from sddit.orchestration import cluster, plan, searcher, trial
-from sddit.orchestration.plan import Planned
-from sddit.orchestration.progress import Progress, Row
+from sddit.orchestration.forecast import Forecast
+from sddit.orchestration.plan import Planned, Point
+from sddit.orchestration.progress import Progress, Row, duration
+from sddit.orchestration.speed import Speeds
 from sddit.tracking import Owner, SweepRecord
 from sddit.training.store import CheckpointStore
 
@@ -41,11 +45,16 @@ class Driver:
         console: Console,
     ) -> None:
         self.job, self.record, self.owner, self.placement, self.logs = job, record, owner, placement, logs
-        self.missing = list(missing)
+        self.missing, self.planned = list(missing), list(planned)
         self.taken = {plan.twin_key(p.cell) for p in planned}
+        self.console = console
+        self.stopping = False  # the budget is used: running cells stop after a checkpoint, and none is started
         self.scratch = tempfile.mkdtemp(prefix="sddit-")  # Tune's and Train's own files, which nothing relies on
         rows = [_row(p, waiting=p in missing) for p in planned]
-        self.progress = Progress(job.name, rows, record.read_step, placement.concurrent, console)
+        self.progress = Progress(
+            job.name, rows, record.read_step, placement.concurrent, console, logs, self.tick, self.spent,
+            job.flags.budget_hours, job.flags.price,
+        )  # fmt: skip
 
     def fit(self, samples: int) -> None:
         """Runs `samples` cells.
@@ -54,9 +63,18 @@ class Driver:
             KeyboardInterrupt: Ctrl-C.
         """
         job, workers = self.job, self.job.base.resources.workers
-        choices = {axis: _unique([*values, *(p.values[axis] for p in job.cells)]) for axis, values in job.axes.items()}
-        space = searcher.Space(choices, job.sweep.suggest if job.flags.search == "tpe" else None)
-        study = searcher.build_study(space, self._outcomes(), [p.cell.values for p in self.missing], seed=0)
+        choices = {
+            axis: _unique([*values, *(p.point[axis] for p in job.cells if axis in p.point)])
+            for axis, values in job.space.axes.items()
+        }
+        outcomes = self._outcomes() if job.searches or job.flags.asha else []
+        waiting = [p.cell.point for p in self.missing]
+        waiting += [point for point in job.first if point not in [p.cell.point for p in self.planned]]
+        study = searcher.build_study(
+            job.space, choices, outcomes if job.searches else [], waiting,
+            with_cost=job.flags.objective == "fid,cost",
+            journal=self.journal if job.searches else None,
+        )  # fmt: skip
         if workers == 1:
             trainable = tune.with_resources(trial.train_in_process, dict(self.placement.per_worker))
         else:
@@ -64,16 +82,21 @@ class Driver:
             trainable = tune.with_resources(trial.train_on_workers, {"node:__internal_head__": 0.001})
         scheduler = None
         if job.flags.asha:
-            scheduler = tune.schedulers.ASHAScheduler(
-                time_attr="step", max_t=job.base.train.steps, grace_period=job.base.eval.every, reduction_factor=3
-            )
+            every, steps = job.base.eval.every, job.base.train.steps
+            self.console.print(searcher.describe_ladder(every, steps))
+            if searcher.rungs(every, steps):
+                scheduler = searcher.CellASHA(every, steps, outcomes)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher.StudySearcher(study, space, self.propose, self.ended),
+                search_alg=searcher.StudySearcher(
+                    study,
+                    lambda trial: searcher.ask(job.space, choices, trial),
+                    self.propose,
+                    self.ended,
+                    closed=lambda: self.stopping,
+                ),
                 scheduler=scheduler,
-                metric=searcher.OBJECTIVE if scheduler else None,
-                mode="min" if scheduler else None,
                 num_samples=samples,
                 max_concurrent_trials=self.placement.concurrent,
                 reuse_actors=workers == 1,
@@ -92,22 +115,31 @@ class Driver:
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _outcomes(self) -> list[Any]:
-        if self.job.flags.search != "tpe":
-            return []
-        recorded = results.load_cells(self.job.name, self.job.uri)
-        return plan.outcomes(recorded, results.load_results(self.job.name, self.job.uri), self.job.axes)
+    @property
+    def journal(self) -> Path:
+        """The study as a file for Optuna's dashboard; derived from the record, so it may be thrown away."""
+        return Path("runs") / self.job.name / "study.journal"
 
-    def propose(self, values: dict[str, Any]) -> dict[str, Any] | None:
+    def _outcomes(self) -> list[plan.Outcome]:
+        recorded = results.load_cells(self.job.name, self.job.uri)
+        table = results.load_results(self.job.name, self.job.uri, metrics=())
+        return plan.outcomes(recorded[recorded["seed"] < FRESH_SEED], table, self.job.axes)
+
+    def propose(self, point: Point) -> dict[str, Any] | None:
         """The configuration of a cell that Tune is to run next, its MLflow run opened; None if it is taken."""
-        planned = next((p for p in self.missing if p.cell.values == values), None)
+        planned = next((p for p in self.missing if p.cell.point == point), None)
         if planned is not None:
             self.missing.remove(planned)
         else:
-            planned = Planned(plan.make_cell(self.job.base, values, 0))
+            try:
+                planned = Planned(self.job.space.cell(point, seed=0))
+            except UsageError as error:
+                self.console.print(f"Excluded: {plan.label_of(point)}: {str(error).splitlines()[0]}")
+                return None
             if plan.twin_key(planned.cell) in self.taken:
                 return None
             self.taken.add(plan.twin_key(planned.cell))
+            self.planned.append(planned)
             self.progress.rows.append(_row(planned, waiting=True))
         cell = planned.cell
         run_id = self.record.start_cell(
@@ -116,10 +148,11 @@ class Driver:
             data_digest=cell.manifest.digest,
             label=cell.run_label,
             run_id=planned.run_id,
+            more_tags=cell.tags,
         )
         row = self.progress.row(cell.identity)
         row.state, row.run_id, row.note = "running", run_id, ""
-        row.started, row.first_step = time.monotonic(), row.step
+        row.started, row.ended, row.first_step = time.monotonic(), None, row.step
         self.progress.say(row)
         spec = CellSpec(
             experiment=cell.experiment.model_dump(mode="json"),
@@ -134,6 +167,9 @@ class Driver:
             "spec": spec.to_dict(),
             "identity": cell.identity,
             "steps": cell.experiment.train.steps,
+            "flops": cost.training_flops_per_image(cell.experiment, cell.manifest.shape)
+            * cell.experiment.train.batch_size
+            * cell.experiment.train.steps,
             "workers": cell.experiment.resources.workers,
             "per_worker": self.placement.per_worker,
             "scratch": self.scratch,
@@ -155,11 +191,46 @@ class Driver:
         error = str(result.get("error") or "")
         if state == "failed":
             row.note = (error or row.note or "its process died").strip().splitlines()[-1]
-        row.state = state
-        self.record.end_cell(config["spec"]["run_id"], state, error=error or row.note, log_file=self.logs)
+        row.state, row.ended = state, time.monotonic()
+        row.step = max(row.step, int(result.get("step", 0)))
+        if state == "interrupted":
+            self.record.interrupt_cell(config["spec"]["run_id"])
+        else:
+            self.record.end_cell(config["spec"]["run_id"], state, error=error or row.note, log_file=self.logs)
         self.progress.say(row)
         if self.job.flags.max_disk_gb is not None:
             self.slim(self.job.flags.max_disk_gb * GB)
+
+    def spent(self) -> float:
+        """Device-hours of the sweep over all starts; of a cell that runs or ran here, by the clock."""
+        now, workers = time.monotonic(), self.job.base.resources.workers
+        here = sum((row.ended or now) - row.started for row in self.progress.rows if row.started is not None)
+        return self.job.spent + here * workers / 3600
+
+    def tick(self) -> None:
+        """Now and then: asks the running cells to stop when the budget is used."""
+        budget = self.job.flags.budget_hours
+        if budget is not None and not self.stopping and self.spent() >= budget:
+            self.stopping = True
+            self.owner.ask_to_stop()
+
+    def learn(self, speeds: Speeds, expected: Forecast) -> None:
+        """Sets the prediction beside what the cells took, and keeps their speed for the next plan."""
+        planned = {p.cell.identity: p.cell for p in self.planned}
+        rows = {row["identity"]: row for row in results.load_cells(self.job.name, self.job.uri).to_dict("records")}
+        over = [r for r in self.progress.rows if r.started is not None and r.state == "done" and r.identity in planned]
+        speeds.learn((planned[r.identity], rows[r.identity]) for r in over)
+        pairs = [(expected.cells.get(r.identity), rows[r.identity], r) for r in over]
+        known = [(p, plan.device_hours(row) * 3600 / expected.workers) for p, row, r in pairs if p and not r.first_step]
+        if known:
+            predicted, measured = (sum(values) * expected.workers for values in zip(*known, strict=True))
+            self.console.print(
+                f"Predicted {duration(predicted)} of device time for {len(known)} cells, measured "
+                f"{duration(measured)}: {predicted / measured - 1:+.0%} off."
+            )
+            self.record.set_tags(
+                {"sddit.prediction": json.dumps({"predicted_s": round(predicted, 1), "measured_s": round(measured, 1)})}
+            )
 
     def crashed(self, identity: str, reason: str) -> None:
         """A cell's process ended with an exception, for the last time."""

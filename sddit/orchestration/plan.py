@@ -4,24 +4,123 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
-from sddit import cost
-from sddit.config import Experiment, flatten
+from sddit import cost, presets
+from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, NotInDigest, flatten
 from sddit.data import content_digest, open_manifest
 from sddit.data.manifest import Manifest
 from sddit.errors import UsageError
+from sddit.results import AXIS_TAG, parse_param
+
+Settings = dict[str, Any]  # dotted field → value
+Point = dict[str, Any]  # axis → value; where Optuna draws fields of its own choice, what it drew, by name
+
+
+@dataclass(frozen=True)
+class Times:
+    """A setting that is a multiple of what the cell would have otherwise, such as half its method's learning rate."""
+
+    factor: float
+
+    def __call__(self, value: Any) -> Any:
+        return type(value)(value * self.factor)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The cells that a sweep can have.
+
+    Args:
+        preset, method: the base experiment, but for `method.name` among the settings of an axis.
+        changes: fields set for every cell whose method has them.
+        axes: dotted field → its values, or a word of one's own → named settings.
+        ties: field → the axis whose value it takes as well.
+        suggest: settings of an Optuna trial, define by run; instead of `axes`.
+        fields: the fields that `suggest` may set.
+    """
+
+    preset: str
+    method: str
+    changes: Mapping[str, Any]
+    axes: Mapping[str, list[Any] | Mapping[str, Settings]]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    suggest: Callable[[Any], Settings] | None = None
+    fields: Collection[str] = ()
+
+    def settings(self, point: Point) -> Settings:
+        """The fields that a point sets.
+
+        Raises:
+            UsageError: it names a setting that the axis does not have.
+        """
+        if self.suggest:
+            import optuna
+
+            try:
+                return self.suggest(optuna.trial.FixedTrial(point))
+            except ValueError:  # a cell of a grid, or of an earlier range
+                return {name: value for name, value in point.items() if "." in name}
+        settings: Settings = {}
+        for axis, value in point.items():
+            named = self.axes[axis]
+            if isinstance(named, Mapping):
+                settings |= named[value]
+            else:
+                settings[axis] = value
+        return settings | {name: point[axis] for name, axis in self.ties.items()}
+
+    def cell(self, point: Point, seed: int) -> Cell:
+        """The experiment of a point and a seed.
+
+        Raises:
+            UsageError: a value is not allowed, or the data are not there.
+        """
+        settings = self.settings(point)
+        experiment = self.experiment(settings | {"seed": seed})
+        fields = flatten(experiment.model_dump())
+        values = {k: fields.get(k, v) for k, v in (settings if self.suggest else point).items()}
+        manifest = open_manifest(experiment.data.path)
+        identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+        return Cell(values, point if self.suggest else values, experiment, identity, manifest)
+
+    def experiment(self, settings: Mapping[str, Any]) -> Experiment:
+        """The base under `settings`. Raises UsageError where a value is not allowed."""
+        settings = dict(settings)
+        plain = presets.preset(self.preset)(method=settings.pop("method.name", self.method))
+        known = flatten(plain.model_dump())
+        # What only other methods of the sweep have says nothing about this one.
+        changes = {k: v for k, v in self.changes.items() if k in known or k not in self._fields_of_methods}
+        for name, value in settings.items():
+            if isinstance(value, Times) and name in known:
+                settings[name] = value(changes.get(name, known[name]))
+        return plain.replace({**changes, **settings})
+
+    @cached_property
+    def touched(self) -> set[str]:
+        """The fields in which cells may differ."""
+        named = [set(s) for axis in self.axes.values() if isinstance(axis, Mapping) for s in axis.values()]
+        plain = {name for name, axis in self.axes.items() if not isinstance(axis, Mapping)}
+        return plain.union(self.ties, self.fields, *named)
+
+    @cached_property
+    def _fields_of_methods(self) -> set[str]:
+        named = [s for axis in self.axes.values() if isinstance(axis, Mapping) for s in axis.values()]
+        methods = {self.method} | {s["method.name"] for s in named if "method.name" in s}
+        return {f"method.{name}" for method in methods for name in METHOD_CONFIGS[method].model_fields}
 
 
 @dataclass(frozen=True)
 class Cell:
     """One experiment of a sweep."""
 
-    values: dict[str, Any]  # axis → value
+    values: dict[str, Any]  # axis → value, for people
+    point: Point  # what the study and the record call it
     experiment: Experiment
     identity: str
     manifest: Manifest = field(repr=False)
@@ -29,12 +128,19 @@ class Cell:
     @property
     def label(self) -> str:
         """Axis values in short, e.g. 'mask_ratio=0.2'."""
-        return ",".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in self.values.items())
+        return label_of(self.values)
 
     @property
     def run_label(self) -> str:
         """The values alone, for MLflow's run names, which its UI cuts after some 20 characters."""
         return "-".join(_short(value) for value in self.values.values())
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Its point and what else a figure cannot know, as tags of its run."""
+        text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.point.items()}
+        flops = cost.sampling_flops_per_image(self.experiment, self.manifest.shape)
+        return {f"{AXIS_TAG}{k}": v for k, v in text.items()} | {"sddit.sampling_flops": f"{flops:.6g}"}
 
 
 @dataclass
@@ -51,52 +157,57 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the record knows of a cell that has been run: its axis values, and FID at each evaluated step."""
+    """What the record knows of a cell that has been run: its point, and FID at each evaluated step."""
 
-    values: dict[str, Any]
-    state: str  # 'done' or 'pruned'
+    point: Point
+    state: str  # done, pruned, running, failed
     fid: dict[int, float]
+    flops: float = 0.0  # of its whole training
+    identity: str = ""
 
 
-def make_cell(base: Experiment, values: Mapping[str, Any], seed: int) -> Cell:
-    """The experiment of these axis values and seed.
-
-    Raises:
-        UsageError: a value is not allowed, or the data are not there.
-    """
-    experiment = base.replace({**values, "seed": seed})
-    manifest = open_manifest(experiment.data.path)
-    fields = flatten(experiment.model_dump())
-    identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
-    return Cell({k: fields[k] for k in values}, experiment, identity, manifest)
-
-
-def grid(base: Experiment, axes: Mapping[str, list[Any]], seeds: int) -> list[Cell]:
-    """All axis values times seeds 0 … seeds - 1, seeds outermost, so that a first picture of every value comes early.
+def grid(space: Space, seeds: Iterable[int]) -> tuple[list[Cell], dict[str, str]]:
+    """All axis values times seeds, seeds outermost, so that a first picture of every value comes early; and, by their
+    labels, the combinations that cannot be, with the reason.
 
     Raises:
-        UsageError: two cells would be the same.
+        UsageError: a value of an axis is possible with no value of the others, or two plain values are one cell.
     """
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    cells = [make_cell(base, values, seed) for seed in range(seeds) for values in points]
-    refuse_twins(cells)
-    return cells
-
-
-def refuse_twins(cells: Iterable[Cell]) -> None:
-    """Refuses two cells that compute the same, such as mask ratios that keep the same number of tokens."""
+    points = [dict(zip(space.axes, values, strict=True)) for values in itertools.product(*space.axes.values())]
+    excluded: dict[str, str] = {}
+    errors: dict[int, UsageError] = {}
     seen: dict[str, Cell] = {}
-    for cell in cells:
-        key = twin_key(cell)
-        if key in seen and seen[key].experiment.seed == cell.experiment.seed:
-            other = seen[key]
-            why = ""
-            if other.identity != cell.identity:
-                shape = cell.manifest.shape
-                kept, of = cost.visible_tokens(cell.experiment, shape), cost.num_tokens(cell.experiment, shape)
-                why = f", since both keep {kept} of {of} tokens"
-            raise UsageError(f"{other.label} and {cell.label} are one cell{why}. Leave one of them out.")
-        seen[key] = cell
+    kept = []
+    for i, point in enumerate(points):
+        try:
+            cell = space.cell(point, seed=0)
+        except UsageError as error:
+            errors[i] = error
+            excluded[label_of(point)] = str(error).splitlines()[0]
+            continue
+        if (twin := seen.setdefault(twin_key(cell), cell)) is not cell:
+            differ = [axis for axis in space.axes if twin.point[axis] != cell.point[axis]]
+            if not any(isinstance(space.axes[axis], Mapping) for axis in differ):
+                raise UsageError(
+                    f"{twin.label} and {cell.label} are one cell{_why(twin, cell)}. Leave one of them out."
+                )
+            excluded[cell.label] = f"the same as {twin.label}{_why(twin, cell)}"
+            continue
+        kept.append(point)
+    for axis, values in space.axes.items():
+        for value in values:
+            with_value = [i for i, point in enumerate(points) if point[axis] is value]
+            if all(i in errors for i in with_value):
+                raise errors[with_value[0]]
+    return [space.cell(point, seed) for seed in seeds for point in kept], excluded
+
+
+def _why(one: Cell, other: Cell) -> str:
+    if one.identity == other.identity:
+        return ""
+    shape = other.manifest.shape
+    kept, of = cost.visible_tokens(other.experiment, shape), cost.num_tokens(other.experiment, shape)
+    return f", since both keep {kept} of {of} tokens"
 
 
 def twin_key(cell: Cell) -> str:
@@ -123,23 +234,37 @@ def plan(cells: Iterable[Cell], recorded: pd.DataFrame) -> list[Planned]:
     return planned
 
 
-def base_fields(base: Experiment, axes: Iterable[str], data_digest: str) -> dict[str, Any]:
-    """What a sweep's name stands for: all fields of the digest but axes and seed."""
-    fields = base.digest_fields() | {"data.digest": data_digest}
-    return {k: v for k, v in fields.items() if k not in {*axes, "seed"}}
+def base_fields(space: Space, declared: Point, data_digest: str) -> dict[str, Any]:
+    """What a sweep's name stands for: all fields of the digest but those of axes and the seed.
+
+    `declared` is the first point of the axes as declared, whatever values a command asks for. A field that only other
+    methods of the sweep have is in it where it was set.
+    """
+    experiment = space.experiment({} if space.suggest else space.settings(declared))
+    own = flatten(experiment.model_dump())
+    others = {k: v for k, v in space.changes.items() if k not in own and NotInDigest not in _metadata(k)}
+    fields = others | experiment.digest_fields() | {"data.digest": data_digest}
+    return {k: v for k, v in fields.items() if k not in {*space.touched, "seed"}}
+
+
+def _metadata(field_of_a_method: str) -> list[Any]:
+    name = field_of_a_method.removeprefix("method.")
+    return [mark for config in METHOD_CONFIGS.values() if name in config.model_fields
+            for mark in config.model_fields[name].metadata]  # fmt: skip
 
 
 def refuse_other_base(
     name: str, before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], taken: Iterable[str]
 ) -> None:
-    """Refuses a command that would give an existing sweep another base. `defaults` are those of fields that the
-    project did not have when the sweep began.
+    """Refuses a command that would give an existing sweep another base. `defaults` are those of fields that one of
+    them does not have: the project did not have them when the sweep began, or nobody set them.
 
     Raises:
         UsageError: with the fields that differ and a free name.
     """
-    old = {k: before.get(k, defaults.get(k)) for k in now}
-    changed = {k: (old[k], v) for k, v in now.items() if old[k] != v}
+    keys = {*now, *(k for k in before if k in defaults)}
+    pairs = {k: tuple(fields.get(k, defaults.get(k)) for fields in (before, now)) for k in keys}
+    changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
     if changed:
         lines = [f"  {k}: {_short(was)} → {_short(new)}" for k, (was, new) in sorted(changed.items())]
         taken = set(taken)
@@ -152,15 +277,55 @@ def refuse_other_base(
         )
 
 
+def point_of(row: Mapping[Any, Any], axes: Iterable[str]) -> Point:
+    """A recorded cell's point (a row of `sddit.results.load_cells`); from its params where it has no such tags."""
+    tags = {k.removeprefix(AXIS_TAG): v for k, v in row["tags"].items() if k.startswith(AXIS_TAG)}
+    if tags:
+        return {k: parse_param(k, v) for k, v in tags.items()}
+    return {axis: row["params"][axis] for axis in axes if axis in row["params"]}
+
+
 def outcomes(recorded: pd.DataFrame, results: pd.DataFrame, axes: Iterable[str]) -> list[Outcome]:
-    """Finished and stopped cells for the study, with FID at each evaluated step."""
+    """What the study and the stopping rule learn from: the recorded cells with FID at each evaluated step."""
     axes = list(axes)
     known = []
-    for row in recorded[recorded["state"].isin(["done", "pruned"])].to_dict("records"):
+    for row in recorded.to_dict("records"):
         points = results[results["identity"] == row["identity"]]
         fid = {int(s): float(v) for s, v in zip(points["step"], points["eval/fid"], strict=True) if v == v}
-        known.append(Outcome({a: row["params"][a] for a in axes}, row["state"], fid))
+        flops = row["metrics"].get("cost/flops", 0.0)
+        known.append(Outcome(point_of(row, axes), row["state"], fid, flops, row["identity"]))
     return known
+
+
+def device_hours(row: Mapping[Any, Any]) -> float:
+    """What a recorded cell (a row of `sddit.results.load_cells`) has used, up to its last evaluation or soft stop."""
+    return max(row["metrics"].get("cost/device_hours", 0.0), float(row["tags"].get("sddit.device_hours", 0)))
+
+
+def best_point(planned: Iterable[Planned], missing: Callable[[Planned], bool]) -> Point:
+    """The point with the lowest mean FID at the last step over its seeds.
+
+    Raises:
+        UsageError: the sweep is not finished, so that nothing can be picked yet.
+    """
+    scores: dict[str, list[float]] = {}
+    points: dict[str, Point] = {}
+    for p in planned:
+        if missing(p):
+            raise UsageError(
+                "--confirm picks the best of a finished sweep, but cells are missing. Run it without first."
+            )
+        if p.state == "done" and p.fid is not None and p.cell.experiment.seed < FRESH_SEED:
+            scores.setdefault(p.cell.label, []).append(p.fid)
+            points[p.cell.label] = p.cell.point
+    if not scores:
+        raise UsageError("--confirm picks the best of a finished sweep, but no cell is done. Run it without first.")
+    return points[min(scores, key=lambda label: sum(scores[label]) / len(scores[label]))]
+
+
+def label_of(values: Mapping[str, Any]) -> str:
+    """Axis values in short, e.g. 'mask_ratio=0.2,size=S/2'."""
+    return ",".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in values.items())
 
 
 def _short(value: Any) -> str:

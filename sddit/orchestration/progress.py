@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESH_SECONDS = 2.0
+OVER = ("done", "pruned", "failed")
+MAX_FAILED = 5  # causes shown below the table; the rest are in the table
 STYLES = {"done": "green", "running": "cyan", "failed": "bold red", "pruned": "yellow", "waiting": "dim"}
 
 
@@ -33,7 +35,8 @@ class Row:
     fid: float | None = None
     run_id: str | None = None
     started: float | None = None  # time.monotonic() when it started here ...
-    first_step: int = 0  # ... and the step it had then
+    first_step: int = 0  # ... the step it had then ...
+    ended: float | None = None  # ... and when it was over
     note: str = ""
 
     def eta(self, now: float) -> float | None:
@@ -50,12 +53,26 @@ class Progress:
         title: the first line.
         read_step: the step a run has reached, by run id; None when it cannot be had now.
         concurrent: cells at once, for the ETA of those that wait.
+        logs: where to look when a cell fails.
+        tick: called every two seconds.
+        spent, budget, price: device-hours so far; of how many; money for each.
     """
 
     def __init__(
-        self, title: str, rows: list[Row], read_step: Callable[[str], int | None], concurrent: int, console: Console
+        self,
+        title: str,
+        rows: list[Row],
+        read_step: Callable[[str], int | None],
+        concurrent: int,
+        console: Console,
+        logs: str = "",
+        tick: Callable[[], None] = lambda: None,
+        spent: Callable[[], float] = lambda: 0.0,
+        budget: float | None = None,
+        price: float | None = None,
     ) -> None:
         self.title, self.rows, self.read_step, self.concurrent = title, rows, read_step, concurrent
+        self.logs, self.tick, self.spent, self.budget, self.price = logs, tick, spent, budget, price
         self.console = console
         self.begun = time.monotonic()
         self._stop = threading.Event()
@@ -123,17 +140,51 @@ class Progress:
                 "" if eta is None else duration(eta),
                 Text(row.identity, "dim"),
             )
-        scored = [row for row in self.rows if row.fid is not None]
-        best = min(scored, key=lambda row: row.fid or 0.0) if scored else None
-        over = sum(row.state in ("done", "pruned", "failed") for row in self.rows)
+        return Group(Text(self.title, "bold"), table, *(Text(line, "dim") for line in self.summary()))
+
+    def summary(self) -> list[str]:
+        """Queue, time left, the best so far, what is spent, and what failed."""
+        count = {state: sum(row.state == state for row in self.rows) for state in {row.state for row in self.rows}}
+        over = sum(count.get(state, 0) for state in OVER)
         left = self.remaining()
-        line = f"{over} of {len(self.rows)} cells over after {duration(now - self.begun)}"
+        line = f"{over} of {len(self.rows)} cells over"
+        line += f" after {duration(time.monotonic() - self.begun)}" if self._thread.ident else ""
+        line += "".join(f", {count[state]} {state}" for state in ("running", "waiting") if count.get(state))
         line += f", about {duration(left)} left" if left is not None else ""
-        line += f"; best FID so far {best.fid:.2f} ({best.label}, step {best.step})" if best else ""
-        return Group(Text(self.title, "bold"), table, Text(line, "dim"))
+        lines = [line]
+        if best := self.best():
+            lines.append(f"Best FID so far: {best}")
+        spent = self.spent()
+        if spent:
+            of = f" of {self.budget:g}" if self.budget is not None else ""
+            money = f" ({spent * self.price:.2f} in money)" if self.price is not None else ""
+            lines.append(f"Spent: {spent:.3g}{of} device-hours{money}")
+        if failed := [row for row in self.rows if row.state == "failed"]:
+            lines += [f"Failed: {row.label} seed {row.seed}: {row.note}" for row in failed[:MAX_FAILED]]
+            lines.append(f"Logs: {self.logs}")
+        return lines
+
+    def best(self) -> str | None:
+        """The lowest FID of a done setting with its interval over seeds; of any cell while none is done."""
+        done: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row.state == "done" and row.fid is not None:
+                done.setdefault(row.label, []).append(row.fid)
+        if not done:
+            scored = [(row.fid, row.label, row.step) for row in self.rows if row.fid is not None]
+            return "{:.2f} ({}, step {})".format(*min(scored)) if scored else None
+        label, values = min(done.items(), key=lambda item: sum(item[1]) / len(item[1]))
+        if len(values) == 1:
+            return f"{values[0]:.2f} ({label}, one seed)"
+        from sddit.intervals import t_interval
+
+        mean, low, high = t_interval(values)
+        return f"{mean:.2f} [{low:.2f}, {high:.2f}] ({label}, {len(values)} seeds)"
 
     def _watch(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
+            with contextlib.suppress(Exception):
+                self.tick()
             for row in self.rows:
                 if row.state == "running" and row.run_id:
                     with contextlib.suppress(Exception):  # an outage of the record must not end the sweep

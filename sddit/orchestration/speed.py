@@ -11,66 +11,103 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from sddit import cost
 from sddit.config import Experiment
-from sddit.data import cache_dir, open_manifest
+from sddit.data import cache_dir
 from sddit.errors import SdditError
+from sddit.orchestration.plan import Cell
 
 
-def of_this_machine(base: Experiment, console: Console) -> cost.Speed:
-    """The speed remembered for experiments like `base`, or that of a calibration of some seconds in a process of its
-    own (the driver imports no torch)."""
-    known = _read().get(_key(base))
-    if known:
-        return cost.Speed(**known)
-    console.print("Measuring the speed of this machine (once, some seconds) …", style="dim")
-    command = [sys.executable, "-m", "sddit.training.calibrate"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(base.resources.cpus_per_worker)}
-    done = subprocess.run(
-        command, input=base.model_dump_json(), capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode:
-        raise SdditError(f"The calibration failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    measured = cost.Speed(**json.loads(done.stdout.splitlines()[-1]))
-    _write(_key(base), measured)
-    return measured
+class Speeds:
+    """What is known of this machine's speed, by kind of experiment."""
+
+    def __init__(self) -> None:
+        self.known = _read()
+
+    def measure(self, experiments: Iterable[Experiment], side_by_side: int, console: Console) -> None:
+        """Calibrates what is not known yet, some seconds a kind, in processes of their own (the driver imports no
+        torch): as many as cells will run side by side, since they share caches and memory.
+
+        Raises:
+            SdditError: the calibration failed.
+        """
+        kinds = {_key(e): e for e in experiments if _key(e) not in self.known}
+        if not kinds:
+            return
+        number = f"{len(kinds)} kinds of experiment" if len(kinds) > 1 else "one kind of experiment"
+        console.print(f"Measuring the speed of this machine for {number}, some seconds each, once …", style="dim")
+        asked = json.dumps([e.model_dump(mode="json") for e in kinds.values()])
+        threads = {"OMP_NUM_THREADS": str(next(iter(kinds.values())).resources.cpus_per_worker)}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "sddit.training.calibrate"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, **threads},
+            )
+            for _ in range(side_by_side)
+        ]  # fmt: skip
+        for process in running:
+            assert process.stdin
+            process.stdin.write(asked)
+            process.stdin.close()
+            process.stdin = None  # `communicate` would close it again
+        answers = []
+        for process in running:
+            output, errors = process.communicate()
+            if process.returncode:
+                raise SdditError(f"The calibration failed: {(errors.strip().splitlines() or ['no message'])[-1]}")
+            answers.append([cost.Speed(**speed) for speed in json.loads(output.splitlines()[-1])])
+        for key, speeds in zip(kinds, zip(*answers, strict=True), strict=True):
+            self._keep(key, speeds)
+
+    def seconds(self, experiment: Experiment, shape: cost.Shape, from_step: int = 0) -> float | None:
+        """Predicted seconds of the rest of a cell on its workers; None where its kind was never measured."""
+        speed = self.known.get(_key(experiment))
+        return speed.seconds(experiment, shape, from_step) if speed else None
+
+    def learn(self, cells: Iterable[tuple[Cell, Mapping[Any, Any]]]) -> None:
+        """Keeps the speed that done cells had, each given with its record (a row of `sddit.results.load_cells`)."""
+        found = defaultdict(list)
+        for cell, row in cells:
+            if speed := _measured(cell, row):
+                found[_key(cell.experiment)].append(speed)
+        for key, speeds in found.items():
+            self._keep(key, speeds)
+
+    def _keep(self, key: str, speeds: Iterable[cost.Speed]) -> None:
+        speeds = list(speeds)
+        self.known[key] = cost.Speed(
+            *(statistics.median(getattr(speed, part) for speed in speeds) for part in ("training", "sampling"))
+        )
+        _write(key, self.known[key])
 
 
-def remember(base: Experiment, cells: pd.DataFrame) -> None:
-    """Keeps the speed that finished cells (`sddit.results.load_cells`) had, for later plans."""
-    shape = open_manifest(base.data.path).shape
-    speeds = [s for row in cells.to_dict("records") if row["state"] == "done" if (s := _measured(base, shape, row))]
-    if speeds:
-        medians = (statistics.median(getattr(s, part) for s in speeds) for part in ("training", "sampling"))
-        _write(_key(base), cost.Speed(*medians))
-
-
-def _measured(base: Experiment, shape: cost.Shape, row: Mapping[Any, Any]) -> cost.Speed | None:
-    metrics, params = row["metrics"], row["params"]
+def _measured(cell: Cell, row: Mapping[Any, Any]) -> cost.Speed | None:
+    metrics, shape = row["metrics"], cell.manifest.shape
     workers = int(row["tags"].get("sddit.workers", 1))
     rate, hours = metrics.get("train/images_per_s"), metrics.get("cost/device_hours")
-    experiment = base.replace({k: v for k, v in params.items() if k.startswith("method.") and k != "method.name"})
-    evaluations = cost.num_evaluations(experiment.replace({"train.steps": row["step"]})) if row["step"] else 0
-    if not rate or not hours or not evaluations:
+    if not rate or not hours or not row["step"]:
         return None
+    experiment = cell.experiment.replace({"train.steps": row["step"]})
     training = workers / (rate * cost.training_flops_per_image(experiment, shape))
     left = hours * 3600 - row["step"] * experiment.train.batch_size / rate * workers
-    sampled = evaluations * experiment.eval.samples * cost.sampling_flops_per_image(experiment, shape)
+    images = cost.num_evaluations(experiment) * experiment.eval.samples
+    sampled = images * cost.sampling_flops_per_image(experiment, shape)
     return cost.Speed(training, left / sampled) if left > 0 else None
 
 
-def _key(base: Experiment) -> str:
-    model, train = base.model, base.train
-    parts = [processor(), base.method.name, model.size, model.grid, train.batch_size, train.precision]
-    return " | ".join(map(str, [*parts, base.data.path, base.resources.cpus_per_worker]))
+def _key(experiment: Experiment) -> str:
+    model, train = experiment.model, experiment.train
+    parts = [processor(), experiment.method.name, experiment.diffusion.kind, model.size, model.grid, train.batch_size]
+    return " | ".join(map(str, [*parts, train.precision, experiment.data.path, experiment.resources.cpus_per_worker]))
 
 
 def processor() -> str:
@@ -81,10 +118,10 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _read() -> dict[str, Any]:
+def _read() -> dict[str, cost.Speed]:
     try:
-        return json.loads((cache_dir() / "speed.json").read_text())
-    except (OSError, ValueError):
+        return {key: cost.Speed(**speed) for key, speed in json.loads((cache_dir() / "speed.json").read_text()).items()}
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -92,5 +129,5 @@ def _write(key: str, measured: cost.Speed) -> None:
     path = cache_dir() / "speed.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({**_read(), key: asdict(measured)}, indent=1))
+    part.write_text(json.dumps({k: asdict(v) for k, v in {**_read(), key: measured}.items()}, indent=1))
     part.replace(path)

@@ -1,12 +1,12 @@
-"""A sweep: a question, its axes and its figure, declared in `sweeps/`, run here from the command line to the figure.
+"""A sweep: a question, its axes and its figures, declared in `sweeps/`, run here from the command line to the report.
 
 Running the same command again is resuming it: what is done is read from MLflow, and only what is missing runs.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 
 import pandas as pd
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from sddit import cost, presets
-from sddit.config import Experiment, parse_assignment
+from sddit import cost
+from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, parse_assignment
 from sddit.environment import check_environment
-from sddit.errors import UsageError, run_script
-from sddit.orchestration import cluster, plan, speed
-from sddit.orchestration.plan import Cell, Planned
-from sddit.orchestration.progress import duration
+from sddit.errors import UsageError, did_you_mean, run_script
+from sddit.orchestration import cluster, plan
+from sddit.orchestration.plan import Cell, Planned, Point, Settings, Space, Times
 from sddit.tracking import Owner, SweepRecord, open_client, resolve_uri
 
-GB = 1e9
+__all__ = ["Sweep", "Times"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +37,27 @@ class Sweep:
     Args:
         name: the question, and the sweep's default name in MLflow.
         question: one sentence.
-        axes: dotted field → values of the grid.
-        figure: the module whose `figure(sweep, tracking_uri, out)` draws the answer and returns the files written;
+        axes: dotted field → values of the grid, or a word of one's own → named settings.
+        figures: the modules whose `figure(sweep, tracking_uri, out)` draws the answer and returns the files written;
             by name, since drawing is imported when it is needed.
         method: the method of the base experiment.
-        suggest: axis values of an Optuna trial, for `--search tpe`; by default a choice among the grid's values.
+        ties: field → the axis whose value it takes as well.
+        suggest: settings of an Optuna trial, for `--search tpe`; by default a choice among the grid's values.
+        fields: the fields that `suggest` sets, where they are not the axes.
+        first: the points that a search begins with, given the base experiment.
+        defaults: flags that this sweep has by default.
     """
 
     name: str
     question: str
-    axes: dict[str, list[Any]]
-    figure: str
+    axes: dict[str, list[Any] | dict[str, Settings]]
+    figures: tuple[str, ...]
     method: str = "sddit"
-    suggest: Callable[[Any], dict[str, Any]] | None = None
+    ties: dict[str, str] = field(default_factory=dict)
+    suggest: Callable[[Any], Settings] | None = None
+    fields: tuple[str, ...] = ()
+    first: Callable[[Experiment], list[Point]] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The sweep's command; exits."""
@@ -69,6 +74,8 @@ class Flags:
     """The sweep's name; default: the question, with -<preset> appended unless that is digits."""
     seeds: Annotated[int, tyro.conf.arg(metavar="K")] = 1
     """Seeds 0 … K-1 for every cell; a larger K only adds."""
+    confirm: Annotated[int, tyro.conf.arg(metavar="K")] = 0
+    """Train the best setting of the finished sweep with K fresh seeds: what it gives without having been picked."""
     steps: int | None = None
     """Optimiser steps of every cell; more than before extends finished cells."""
     workers: int = 1
@@ -79,8 +86,14 @@ class Flags:
     """With --search tpe: cells in all, over all starts."""
     asha: bool = False
     """Stop cells early whose FID at a step is behind the others' (ASHA)."""
+    objective: Literal["fid", "fid,cost"] = "fid"
+    """With --search tpe: FID alone, or FID and training FLOPs together (a Pareto front)."""
+    budget_hours: Annotated[float | None, tyro.conf.arg(metavar="H")] = None
+    """Device-hours over all starts; then cells stop after a checkpoint, and the same command goes on."""
+    price: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
+    """Money per device-hour, for the plan and the report."""
     plan: bool = False
-    """Print cells, state and predicted time, memory and disk; write nothing."""
+    """Print cells, state and predicted time, money, memory and disk; write nothing."""
     retry_failed: bool = False
     """Also run cells that failed before."""
     tracking_uri: str | None = None
@@ -95,7 +108,7 @@ class Flags:
 
 def parse_flags(sweep: Sweep, arguments: Sequence[str] | None) -> Flags:
     """The command line; exits with status 2 on an unknown flag."""
-    return tyro.cli(Flags, description=sweep.question, args=arguments)
+    return tyro.cli(Flags, default=Flags(**sweep.defaults), description=sweep.question, args=arguments)
 
 
 @dataclass
@@ -105,15 +118,50 @@ class Job:
     sweep: Sweep
     flags: Flags
     name: str
+    space: Space
     base: Experiment
-    axes: dict[str, list[Any]]
     uri: str
     cells: list[Cell] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)
+    first: list[Point] = field(default_factory=list)
+    spent: float = 0.0  # device-hours, over all starts so far
 
     @property
     def storage(self) -> str:
         root = self.flags.storage if "://" in self.flags.storage else str(Path(self.flags.storage).absolute())
         return f"{root.rstrip('/')}/{self.name}"
+
+    @property
+    def searches(self) -> bool:
+        return self.flags.search == "tpe"
+
+    @property
+    def axes(self) -> list[str]:
+        """The names of what varies, for figures."""
+        return list(self.space.fields or self.space.axes)
+
+    @property
+    def declared(self) -> Point:
+        """The first point as declared: what the sweep's base is read off, whatever values a command asks for."""
+        return {axis: next(iter(values)) for axis, values in self.sweep.axes.items()}
+
+    @property
+    def shape(self) -> cost.Shape:
+        return self._manifest.shape
+
+    @property
+    def num_classes(self) -> int:
+        return self._manifest.num_classes
+
+    @property
+    def data_digest(self) -> str:
+        return self._manifest.digest
+
+    @property
+    def _manifest(self) -> Any:
+        from sddit.data import open_manifest
+
+        return self.cells[0].manifest if self.cells else open_manifest(self.base.data.path)
 
 
 def resolve(sweep: Sweep, flags: Flags) -> Job:
@@ -122,54 +170,104 @@ def resolve(sweep: Sweep, flags: Flags) -> Job:
     Raises:
         UsageError, DataError: with what to do.
     """
-    for flag, value in {
-        "seeds": flags.seeds,
-        "workers": flags.workers,
-        "trials": flags.trials,
-        "steps": flags.steps,
-    }.items():
+    _check(sweep, flags)
+    changes = dict(parse_assignment(text) for text in flags.set)
+    axes: dict[str, Any] = {
+        name: _chosen(name, values, changes.pop(name)) if name in changes else values
+        for name, values in sweep.axes.items()
+    }
+    named = {f for values in axes.values() if isinstance(values, Mapping) for s in values.values() for f in s}
+    if "method.name" in changes and "method.name" in named:
+        raise UsageError(
+            f"The question {sweep.name!r} compares methods itself. Choose among them with --set "
+            f"'system=[…]' of {', '.join(map(repr, sweep.axes.get('system', {})))}."
+        )
+    for name in changes:
+        if name in sweep.fields:
+            raise UsageError(f"{name} cannot be set on the search {sweep.name!r}, which chooses it itself.")
+    method = changes.pop("method.name", sweep.method)
+    changes["resources.workers"] = flags.workers
+    if flags.steps:
+        changes["train.steps"] = flags.steps
+    suggest = sweep.suggest if flags.search == "tpe" else None
+    fields = (sweep.fields or tuple(axes)) if suggest else ()
+    space = Space(flags.preset, method, changes, {} if suggest and sweep.fields else axes, sweep.ties, suggest, fields)
+    name = flags.name or sweep.name + ("" if flags.preset == "digits" else f"-{flags.preset}")
+    if not name or set(name) & set("/\\'\"`"):
+        raise UsageError(f"--name {name!r} cannot be used: it must be a word without slashes or quotes.")
+    base = space.experiment({} if suggest else _first_settings(sweep))
+    unknown = [axis for axis in axes if not isinstance(axes[axis], Mapping) and axis not in base.digest_fields()]
+    if unknown and not named:
+        raise UsageError(f"The question {sweep.name!r} varies {unknown[0]}, which method {method!r} does not have.")
+    job = Job(sweep, flags, name, space, base, resolve_uri(flags.tracking_uri))
+    if not job.searches:
+        job.cells, job.excluded = plan.grid(space, range(flags.seeds))
+    elif sweep.first:
+        job.first = sweep.first(base)
+    return job
+
+
+def _first_settings(sweep: Sweep) -> Settings:
+    """What the first of the named settings of each axis sets."""
+    firsts = [next(iter(values.values())) for values in sweep.axes.values() if isinstance(values, Mapping)]
+    return {name: value for settings in firsts for name, value in settings.items()}
+
+
+def _check(sweep: Sweep, flags: Flags) -> None:
+    counts = {"seeds": flags.seeds, "workers": flags.workers, "trials": flags.trials, "steps": flags.steps}
+    for flag, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"--{flag} is {value}, but must be at least 1.")
+    amounts = {"budget-hours": flags.budget_hours, "price": flags.price, "max-disk-gb": flags.max_disk_gb}
+    for flag, amount in {**amounts, "confirm": flags.confirm}.items():
+        if amount is not None and not amount >= 0:
+            raise UsageError(f"--{flag} is {amount}, but must not be negative.")
+    if flags.seeds > FRESH_SEED:
+        raise UsageError(f"--seeds is {flags.seeds}, but seeds from {FRESH_SEED} on are kept for --confirm.")
     if flags.search == "tpe" and flags.seeds > 1:
         raise UsageError(
             "--seeds cannot be used with --search tpe, which compares single cells. Leave one of them out."
         )
     if (flags.search == "tpe") != (flags.trials is not None):
         raise UsageError("--search tpe and --trials N (cells in all) must be given together.")
-    changes = dict(parse_assignment(text) for text in flags.set)
-    axes = {name: _values(changes.pop(name)) if name in changes else values for name, values in sweep.axes.items()}
-    if "seed" in changes:
-        raise UsageError("seed cannot be set on a sweep. Use --seeds K for seeds 0 … K-1.")
-    method = changes.pop("method.name", sweep.method)
-    changes["resources.workers"] = flags.workers
-    if flags.steps:
-        changes["train.steps"] = flags.steps
-    base = presets.preset(flags.preset)(method=method).replace(changes)
-    unknown = [axis for axis in axes if axis not in base.digest_fields()]
-    if unknown:
-        raise UsageError(f"The question {sweep.name!r} varies {unknown[0]}, which method {method!r} does not have.")
-    name = flags.name or sweep.name + ("" if flags.preset == "digits" else f"-{flags.preset}")
-    if not name or set(name) & set("/\\'\"`"):
-        raise UsageError(f"--name {name!r} cannot be used: it must be a word without slashes or quotes.")
-    job = Job(sweep, flags, name, base, axes, resolve_uri(flags.tracking_uri))
-    if flags.search == "grid":
-        job.cells = plan.grid(base, axes, flags.seeds)
-    return job
+    if flags.search == "grid" and not sweep.axes:
+        raise UsageError(f"{sweep.name!r} has no grid. Leave --search out, or use --search tpe.")
+    if flags.objective == "fid,cost" and flags.search != "tpe":
+        raise UsageError("--objective fid,cost is for --search tpe: a grid runs all its cells whatever they cost.")
+    if flags.objective == "fid,cost" and flags.asha:
+        raise UsageError(
+            "--objective fid,cost cannot be used with ASHA, which would stop small models for their FID alone. "
+            "Add --no-asha."
+        )
+    for text in flags.set:
+        if parse_assignment(text)[0] == "seed":
+            raise UsageError("seed cannot be set on a sweep. Use --seeds K for seeds 0 … K-1.")
 
 
-def _values(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
+def _chosen(axis: str, declared: list[Any] | dict[str, Settings], value: Any) -> list[Any] | dict[str, Settings]:
+    """The values of an axis that a command asks for; of named settings, some by name."""
+    values = list(value) if isinstance(value, list) else [value]
+    if not values:
+        raise UsageError(f"--set {axis}=[] leaves nothing to run. Give a value, or leave it out.")
+    if not isinstance(declared, Mapping):
+        return values
+    for name in values:
+        if name not in declared:
+            raise UsageError(f"{axis} has no setting {name!r}. {did_you_mean(str(name), declared)}")
+    return {name: declared[name] for name in values}
 
 
 def run(sweep: Sweep, flags: Flags) -> int:
     """Runs what is missing of a sweep. Returns the exit status."""
+    from sddit.orchestration import finish
+    from sddit.orchestration.speed import Speeds
+
     check_environment()
     console = Console(markup=False, highlight=False, soft_wrap=True)
     job = resolve(sweep, flags)
     check_inputs(job)
     if flags.plan:
-        planned = look_up(job)
-        show_plan(job, planned, console, speed.of_this_machine(job.base, console))
+        show_plan(job, look_up(job), console)
         return 0
     if job.uri.startswith("sqlite:///") and not Path(job.uri.removeprefix("sqlite:///")).exists():
         # Nothing is recorded, so everything is to be run: Ray starts while the record's tables are made.
@@ -183,8 +281,9 @@ def run(sweep: Sweep, flags: Flags) -> int:
     try:
         planned = look_up(job, record)
         status = "FAILED"
-        failed = _run_missing(job, record, owner, planned, console)
-        finish(job, record, console)
+        _describe(job, record)
+        failed = _run_missing(job, record, owner, planned, Speeds(), console)
+        finish.finish(job, record, console)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -221,25 +320,27 @@ def look_up(job: Job, record: SweepRecord | None = None) -> list[Planned]:
     if record is not None or job.name in results.sweep_names(job.uri):
         recorded = results.load_cells(job.name, job.uri)
         parent = results.load_sweep(job.name, job.uri).tags
-    sample = job.cells[0] if job.cells else plan.make_cell(job.base, {k: v[0] for k, v in job.axes.items()}, 0)
-    base = {"question": job.sweep.name, **plan.base_fields(job.base, job.axes, sample.manifest.digest)}
+    job.spent = sum(plan.device_hours(row) for row in recorded.to_dict("records"))
+    base = {"question": job.sweep.name, **plan.base_fields(job.space, job.declared, job.data_digest)}
     if "sddit.base" in parent:
+        defaults: dict[str, Any] = {}
+        for config in (*METHOD_CONFIGS.values(), type(job.base.method)):
+            defaults |= Experiment(method=config()).digest_fields()  # type: ignore[arg-type]
         plan.refuse_other_base(
-            job.name,
-            json.loads(parent["sddit.base"]),
-            base,
-            defaults=Experiment(method=type(job.base.method)()).digest_fields(),
-            taken=results.sweep_names(job.uri),
+            job.name, json.loads(parent["sddit.base"]), base, defaults, taken=results.sweep_names(job.uri)
         )
     elif record is not None:
-        record.set_tag("sddit.base", json.dumps(base))
-    if job.flags.search == "tpe":
-        job.cells = [_recorded_cell(job, row) for row in recorded.to_dict("records")]
-    return plan.plan(job.cells, recorded)
-
-
-def _recorded_cell(job: Job, row: Mapping[Any, Any]) -> Cell:
-    return plan.make_cell(job.base, {axis: row["params"][axis] for axis in job.axes}, row["seed"])
+        record.set_tags({"sddit.base": json.dumps(base)})
+    if job.searches:
+        earlier = recorded[recorded["seed"] < FRESH_SEED] if len(recorded) else recorded
+        job.cells = [job.space.cell(plan.point_of(row, job.axes), row["seed"]) for row in earlier.to_dict("records")]
+    planned = plan.plan(job.cells, recorded)
+    if job.flags.confirm:
+        best = plan.best_point(planned, lambda p: p in missing_of(planned, job.flags))
+        fresh = [job.space.cell(best, FRESH_SEED + i) for i in range(job.flags.confirm)]
+        job.cells = [*job.cells, *fresh]
+        planned += plan.plan(fresh, recorded)
+    return planned
 
 
 def missing_of(planned: Sequence[Planned], flags: Flags) -> list[Planned]:
@@ -249,20 +350,48 @@ def missing_of(planned: Sequence[Planned], flags: Flags) -> list[Planned]:
     return [p for p in planned if p.state in wanted]
 
 
+def suggestions(planned: Sequence[Planned], flags: Flags) -> int:
+    """How many cells a search still has to suggest: its budget counts every cell over all starts."""
+    searched = sum(p.cell.experiment.seed < FRESH_SEED for p in planned)
+    return max(0, (flags.trials or 0) - searched) if flags.search == "tpe" and not flags.confirm else 0
+
+
+def _describe(job: Job, record: SweepRecord) -> None:
+    """What figures and reports must know of the sweep, on its run."""
+    flags = job.flags
+    known = {"sddit.axes": json.dumps(job.axes), "sddit.command": command_line()}
+    optional = {
+        "sddit.excluded": json.dumps(dict(list(job.excluded.items())[:40])) if job.excluded else None,
+        "sddit.budget_hours": flags.budget_hours,
+        "sddit.price": flags.price,
+    }
+    record.set_tags(known | {k: str(v) for k, v in optional.items() if v is not None})
+    record.describe(job.sweep.question)
+
+
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Planned], console: Console) -> bool:
+def _run_missing(
+    job: Job, record: SweepRecord, owner: Owner, planned: list[Planned], speeds: Any, console: Console
+) -> bool:
     """Runs the cells that are missing on the cluster. Returns whether any has failed, now or before."""
+    from sddit.orchestration.forecast import forecast
+
     missing = missing_of(planned, job.flags)
     _say_failed_before(planned, job.flags, console)
-    budget = (job.flags.trials or 0) - sum(p.state in ("done", "pruned", "failed") for p in planned if p not in missing)
-    samples = budget if job.flags.search == "tpe" else len(missing)
+    for label, reason in job.excluded.items():
+        console.print(f"Excluded: {label}: {reason}")
+    suggested = suggestions(planned, job.flags)
+    samples = len(missing) + suggested
     done = sum(p not in missing for p in planned)
-    if samples <= 0:
+    if not samples:
         over = sum(p.state != "failed" for p in planned)
         console.print(f"Sweep {job.name}: all {over} cells are done; nothing to run.")
         return over < len(planned)
+    if job.flags.budget_hours is not None and job.spent >= job.flags.budget_hours:
+        console.print(_budget_used(job.flags.budget_hours, job.spent, samples))
+        return any(p.state == "failed" for p in planned)
     logs = _connect(job)
     console.print(
         f"Sweep {job.name}: {samples} cells to run, {done} done. Record: {job.uri}. Checkpoints: {job.storage}."
@@ -270,15 +399,16 @@ def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Plan
     import ray
 
     try:
-        shape, classes = _shape(job)
-        placement = cluster.place(cluster.nodes(), job.base.resources, cost.worker_bytes(job.base, shape, classes))
+        placement = _place(job, cluster.nodes(), samples)
         console.print(f"Concurrency: {placement.arithmetic}.")
+        expected = forecast(missing, speeds, placement, job.base, job.shape, suggested)
         console.print(f"Logs of Ray and of the cells: {logs}")
         owner.confirm()
         from sddit.orchestration.driver import Driver  # imports ray, which must be configured first
 
         driver = Driver(job, record, owner, planned, missing, placement, logs, console)
         driver.fit(samples)
+        driver.learn(speeds, expected)
     finally:
         ray.shutdown()
     failed = [row for row in driver.progress.rows if row.state == "failed" and row.started is not None]
@@ -286,7 +416,27 @@ def _run_missing(job: Job, record: SweepRecord, owner: Owner, planned: list[Plan
         console.print(f"Failed: {row.label} seed {row.seed} ({row.identity}): {row.note}", style="red")
     if failed:
         console.print(f"Logs: {logs}. Run them again with: {resume_line('--retry-failed')}")
+    if driver.stopping and job.flags.budget_hours is not None:
+        left = sum(row.state in ("waiting", "interrupted") for row in driver.progress.rows)
+        console.print(_budget_used(job.flags.budget_hours, driver.spent(), left))
     return any(row.state == "failed" for row in driver.progress.rows)
+
+
+def _budget_used(budget: float, spent: float, left: int) -> str:
+    return (
+        f"Budget used: {spent:.3g} of {budget:g} device-hours. {left} cells are not done; what they reached is kept. "
+        f"Go on with a larger --budget-hours:\n  {resume_line()}"
+    )
+
+
+def _place(job: Job, nodes: Sequence[cluster.Node], cells: int) -> cluster.Placement:
+    """Room is made for the largest cell."""
+    experiments = [cell.experiment for cell in job.cells] or [job.base]
+    if "model.size" in job.space.fields:
+        experiments.append(job.base.replace({"model.size": f"XL/{job.base.model.patch}"}))
+    needs = [cost.training_bytes(e, job.shape, job.num_classes) for e in experiments]
+    worker = max(cost.worker_bytes(e, job.shape, job.num_classes) for e in experiments)
+    return cluster.place(nodes, job.base.resources, worker, device_bytes=max(map(sum, needs)), cells=cells)
 
 
 def _connect(job: Job) -> str:
@@ -306,101 +456,48 @@ def _say_failed_before(planned: Sequence[Planned], flags: Flags, console: Consol
         console.print(f"Run {'it' if len(failed) == 1 else 'them'} again with --retry-failed.")
 
 
-def _shape(job: Job) -> tuple[tuple[int, int, int], int]:
-    from sddit.data import open_manifest
+def show_plan(job: Job, planned: Sequence[Planned], console: Console) -> None:
+    """What a command would do and cost; the speed of this machine is measured where it is not known."""
+    from sddit.orchestration import forecast
+    from sddit.orchestration.speed import Speeds
 
-    manifest = open_manifest(job.base.data.path)
-    return manifest.shape, manifest.num_classes
+    missing, suggested = missing_of(planned, job.flags), suggestions(planned, job.flags)
+    if os.environ.get("RAY_ADDRESS"):
+        _connect(job)
+        nodes = cluster.nodes()
+    else:
+        nodes = [cluster.this_machine()]
+    placement = _place(job, nodes, max(1, len(missing) + suggested))
+    speeds = Speeds()
+    if missing or suggested:
+        experiments = [p.cell.experiment for p in missing] or [job.base]
+        speeds.measure(experiments, min(placement.concurrent, len(missing) + suggested), console)
+    if job.flags.asha:
+        from sddit.orchestration.searcher import describe_ladder
 
-
-# ------------------------------------------------------------------------------------------------- before and after
-
-
-def show_plan(job: Job, planned: Sequence[Planned], console: Console, measured: cost.Speed) -> None:
-    """The cells with state and predicted time, and what the whole asks for."""
-    shape, classes = _shape(job)
-    missing = missing_of(planned, job.flags)
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"Sweep {job.name}", title_justify="left")
-    for column in ("cell", "seed", "state", "step", "predicted", "identity"):
-        table.add_column(column, justify="right" if column in ("seed", "step", "predicted") else "left")
-    total = 0.0
-    for p in planned:
-        experiment = p.cell.experiment
-        seconds = measured.seconds(experiment, shape, p.step if p.state != "new" else 0) if p in missing else 0.0
-        total += seconds * experiment.resources.workers
-        table.add_row(
-            p.cell.label,
-            str(experiment.seed),
-            p.state,
-            f"{p.step}/{experiment.train.steps}",
-            duration(seconds) if p in missing else "",
-            p.cell.identity,
-        )
-    console.print(table)
-    if job.flags.search == "tpe":
-        known = sum(p.state in ("done", "pruned") for p in planned)
-        new = max(0, (job.flags.trials or 0) - known - len(missing))
-        total += new * measured.seconds(job.base, shape) * job.base.resources.workers
-        console.print(f"and {new} cells that TPE will suggest.")
-    cells = (
-        len(missing) if job.flags.search == "grid" else max(0, (job.flags.trials or 0) - len(planned) + len(missing))
-    )
-    memory = cost.worker_bytes(job.base, shape, classes) * job.base.resources.workers
-    disk = cost.checkpoint_bytes(job.base, shape, classes)
-    console.print(
-        f"{cells} cells to run: about {duration(total)} of one device ({total / 3600:.2f} device-hours), "
-        f"{memory / GB:.1f} GB of memory a cell, {disk / GB:.3g} GB of disk a done cell (twice that while it runs)."
-    )
-
-
-def finish(job: Job, record: SweepRecord, console: Console) -> None:
-    """The best cell, the figure and table on the parent run, and how to look at it all."""
-    from sddit import results
-
-    cells = results.load_cells(job.name, job.uri)
-    done = cells[(cells["state"] == "done") & cells["metrics"].map(lambda m: "eval/fid" in m)]
-    if done.empty:
-        console.print("No cell is done, so there is no figure yet.")
-        return
-    best = min(done.to_dict("records"), key=lambda row: row["metrics"]["eval/fid"])
-    values = ", ".join(
-        f"{axis.rpartition('.')[2]} {best['params'][axis]:g}"
-        if isinstance(best["params"][axis], float)
-        else f"{axis.rpartition('.')[2]} {best['params'][axis]}"
-        for axis in job.axes
-    )
-    console.print(
-        f"Lowest FID at the last step: {best['metrics']['eval/fid']:.2f} ({values}, seed {best['seed']}, step "
-        f"{best['step']}, {best['identity']}); the lowest of {len(done)}, so itself a lucky draw."
-    )
-    files = importlib.import_module(job.sweep.figure).figure(job.name, job.uri, Path("figures"))
-    for path in files:
-        record.artifact(path)
-    speed.remember(job.base, cells)
-    console.print(f"MLflow UI: {ui_line(job.uri)}")
-    console.print(f"  then open {ui_link(job.uri, record.experiment_id)}")
-
-
-def ui_line(uri: str) -> str:
-    """The command that opens the MLflow UI on this record."""
-    if uri.startswith("http"):
-        return f"it runs at {uri}"
-    mlflow = Path(sys.executable).parent / "mlflow"
-    return shlex.join([str(mlflow), "ui", "--workers", "1", "--backend-store-uri", uri])
-
-
-def ui_link(uri: str, experiment_id: str) -> str:
-    """The cells of a sweep as a table sorted by FID (mlflow.md §9)."""
-    root = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    search = quote("tags.`sddit.kind` = 'cell'")
-    order = quote("metrics.`eval/fid`")
-    return (
-        f"{root}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&searchFilter={search}"
-        f"&orderByKey={order}&orderByAsc=true&startTime=ALL&lifecycleFilter=Active"
-        "&modelVersionFilter=All+Runs&datasetsFilter=W10%3D"
+        console.print(describe_ladder(job.base.eval.every, job.base.train.steps))
+    forecast.show(
+        job.name,
+        planned,
+        job.excluded,
+        forecast.forecast(missing, speeds, placement, job.base, job.shape, suggested),
+        placement,
+        spent_hours=job.spent,
+        budget_hours=job.flags.budget_hours,
+        price=job.flags.price,
+        num_classes=job.num_classes,
+        console=console,
     )
 
 
 def resume_line(*extra: str) -> str:
     """The command that goes on with this sweep: the one that was given."""
     return shlex.join([*sys.orig_argv, *extra])
+
+
+def command_line() -> str:
+    """The command as somebody else would give it, in the project's folder."""
+    root, script = Path(__file__).parents[2], Path(sys.argv[0]).absolute()
+    return shlex.join(
+        ["python", str(script.relative_to(root) if script.is_relative_to(root) else script.name), *sys.argv[1:]]
+    )

@@ -86,7 +86,9 @@ def _run(config: dict[str, Any], report: Callable[[dict[str, Any]], None], devic
         report({"step": step, **metrics})
 
     result = run_cell(CellSpec(**config["spec"]), report_evaluation, device=device)
-    if not reported:  # a resume found everything in the last checkpoint
+    if not result["finished"]:
+        report({"step": result["step"], "interrupted": True})
+    elif not reported:  # a resume found everything in the last checkpoint
         report({k: v for k, v in result.items() if k == "step" or k.startswith("eval/")})
 
 

@@ -1,6 +1,6 @@
-"""``python -m sddit.training.calibrate``: times a few steps and samples of the experiment given on standard input.
+"""``python -m sddit.training.calibrate``: times a few steps and samples of each experiment given on standard input.
 
-Prints seconds per FLOP of training and of sampling as JSON, for `sddit.cost.Speed`.
+Takes a JSON list, and prints seconds per FLOP of training and of sampling of each as one, for `sddit.cost.Speed`.
 """
 
 from __future__ import annotations
@@ -67,4 +67,4 @@ def measure(experiment: Experiment, device: torch.device) -> cost.Speed:
 
 if __name__ == "__main__":
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(asdict(measure(Experiment.parse(json.load(sys.stdin)), where))))
+    print(json.dumps([asdict(measure(Experiment.parse(each), where)) for each in json.load(sys.stdin)]))

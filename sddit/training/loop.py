@@ -87,7 +87,8 @@ def train(
 
     Every worker of a process group calls this with the same arguments. `reference` gives the statistics of the
     reference set (rank 0), `held_out` the images for `eval.final`, by default those that the sampler sets aside.
-    `should_stop` is asked after each step; on any worker's True all stop after a checkpoint.
+    `should_stop` is asked after each step, with several workers where metrics are recorded; on any worker's True all
+    stop after a checkpoint.
 
     Raises:
         DivergedError: a loss was not finite; names step, batch positions and the last good checkpoint.
@@ -175,7 +176,8 @@ def train(
                 if rank == 0:
                     reporter.points(step, metrics)
 
-            if should_stop is not None and step < steps:
+            # Workers agree by a collective, which costs a step some time: where there are several, now and then.
+            if should_stop is not None and step < steps and (world_size == 1 or step % options.log_every == 0):
                 stopped = distributed.any_true(should_stop(), device)
             due = step % experiment.eval.every == 0 or step == steps
             if not (due or stopped):
@@ -204,6 +206,8 @@ def train(
                         reporter.grid(step, result.grid)
                     reporter.points(step, last_metrics | costs(state, options.batch_size, flops_per_step))
             if rank == 0:
+                if stopped and not due:
+                    reporter.tag("sddit.device_hours", f"{state.clocks.device_seconds / 3600:.6g}")
                 checkpoint_uri = store.save(
                     step,
                     state.groups(),

@@ -395,6 +395,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     ),
     "generative_tokens": ({}, {"generative_tokens": "visible"}, {"generative", "encoder_gradient"}),
     "stop_gradient": ({}, {"stop_gradient": True}, {"encoder_gradient"}),
+    "discriminated_tokens": ({}, {"discriminated_tokens": "cls"}, DISTILLED),
+    "discriminated_tokens:patches": ({}, {"discriminated_tokens": "patches"}, DISTILLED),
     "lambda_d": ({}, {"lambda_d": 0.2}, {"encoder_gradient", "prototype_gradient"}),
     "lambda_d_end": (
         {"lambda_d_end": 0.1, "lambda_d_horizon": 10},

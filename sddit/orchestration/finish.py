@@ -1,0 +1,98 @@
+"""What a sweep ends with: the best cell, the figures and the report, on disk and on the sweep's run."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import pandas as pd
+from rich.console import Console
+
+from sddit.config import FRESH_SEED
+from sddit.errors import SdditError, UsageError
+from sddit.intervals import t_interval
+from sddit.orchestration.plan import label_of, point_of
+from sddit.tracking import SweepRecord
+
+if TYPE_CHECKING:
+    from sddit.orchestration.sweep import Job
+
+FIGURES = Path("figures")
+
+
+def finish(job: Job, record: SweepRecord, console: Console) -> None:
+    """Says what is lowest, draws, reports, and shows where to look. What cannot be drawn yet is said, not raised."""
+    from sddit import results
+
+    cells = results.load_cells(job.name, job.uri)
+    for line in best_lines(cells, job.axes):
+        console.print(line)
+    files: list[Path] = []
+    for module in job.sweep.figures:
+        try:
+            files += importlib.import_module(module).figure(job.name, job.uri, FIGURES)
+        except (UsageError, SdditError) as error:
+            console.print(f"{module.rpartition('.')[2]}: {error}")
+    report = importlib.import_module("analysis.report").report(job.name, job.uri, FIGURES, files)
+    for path in files:
+        record.artifact(path)
+    record.artifact(report, "report.html")
+    if (journal := Path("runs") / job.name / "study.journal").exists():
+        record.artifact(journal)
+        console.print(f"Optuna's dashboard: optuna-dashboard {journal}")
+    console.print(f"MLflow UI: {ui_line(job.uri)}")
+    console.print(f"  then open {ui_link(job.uri, record.experiment_id)}")
+
+
+def best_lines(cells: pd.DataFrame, axes: list[str]) -> list[str]:
+    """The setting with the lowest mean FID at the last step, as what it is: picked; then what fresh seeds gave it."""
+    rows = [r for r in cells.to_dict("records") if r["state"] == "done" and "eval/fid" in r["metrics"]]
+    if not rows:
+        return ["No cell is done yet."]
+    scores: dict[str, dict[int, float]] = {}
+    for row in rows:
+        label = label_of(point_of(row, axes))
+        scores.setdefault(label, {})[row["seed"]] = row["metrics"]["eval/fid"]
+    picked = {k: [f for seed, f in v.items() if seed < FRESH_SEED] for k, v in scores.items()}
+    picked = {k: v for k, v in picked.items() if v}
+    best = min(picked, key=lambda label: sum(picked[label]) / len(picked[label]))
+    lines = [
+        f"Lowest FID at the last step: {_with_interval(picked[best])} ({best}); the lowest of {len(picked)}, so itself "
+        "a lucky draw."
+    ]
+    if fresh := [f for seed, f in scores[best].items() if seed >= FRESH_SEED]:
+        lines.append(f"With fresh seeds, which did not pick it: {_with_interval(fresh)}.")
+    elif len(picked) > 1:
+        lines[0] += " --confirm 3 trains it with fresh seeds."
+    return lines
+
+
+def _with_interval(values: list[float]) -> str:
+    mean, low, high = t_interval(values)
+    if len(values) == 1:
+        return f"{mean:.2f}, one seed"
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}] over {len(values)} seeds"
+
+
+def ui_line(uri: str) -> str:
+    """The command that opens the MLflow UI on this record."""
+    if uri.startswith("http"):
+        return f"it runs at {uri}"
+    mlflow = Path(sys.executable).parent / "mlflow"
+    return shlex.join([str(mlflow), "ui", "--workers", "1", "--backend-store-uri", uri])
+
+
+def ui_link(uri: str, experiment_id: str) -> str:
+    """The cells of a sweep as a table sorted by FID (mlflow.md §9)."""
+    root = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    search = quote("tags.`sddit.kind` = 'cell'")
+    order = quote("metrics.`eval/fid`")
+    return (
+        f"{root}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&searchFilter={search}"
+        f"&orderByKey={order}&orderByAsc=true&startTime=ALL&lifecycleFilter=Active"
+        "&modelVersionFilter=All+Runs&datasetsFilter=W10%3D"
+    )
