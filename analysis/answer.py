@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,25 +37,25 @@ class Setting:
         return {seed: value for seed, value in sorted(found.items()) if not np.isnan(value)}
 
 
-def collect(cells: pd.DataFrame, axes: Sequence[str] | None = None) -> list[Setting]:
+def collect(cells: pd.DataFrame, axes: Sequence[str] = ()) -> list[Setting]:
     """The settings of a sweep: in the order of their values, those of more than two axes by FID.
 
     Args:
         cells: as from `sddit.results.load_cells`.
-        axes: the names of the sweep's axes, in order; None: all fields that the cells differ in.
+        axes: the names of the sweep's axes, in order; without any, all fields that the cells differ in.
 
     Raises:
         UsageError: cells were scored under several protocols.
     """
     cells = cells[cells["seed"].notna()]  # a process that dies at once leaves a run without fields
-    if axes is None:
+    if not axes:
         values = {(name, repr(value)) for params in cells["params"] for name, value in params.items()}
         axes = sorted(name for name, count in Counter(name for name, _ in values).items() if count > 1)
         axes = [name for name in axes if name != "seed"]
     common.check_protocol(cells[(cells["state"] == "done") & cells["metrics"].map(lambda m: SCORE in m)])
     groups: dict[str, Setting] = {}
     for cell in rows_of(cells):
-        point = {axis: _value(cell, axis) for axis in axes}
+        point = {axis: cell["params"].get(axis) for axis in axes}
         groups.setdefault(repr((point, cell["steps"])), Setting(point, cell["steps"], [])).cells.append(cell)
     settings = list(groups.values())
     if len(axes) > 2:
@@ -75,16 +74,6 @@ def collect(cells: pd.DataFrame, axes: Sequence[str] | None = None) -> list[Sett
 
 def rows_of(cells: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in cells.to_dict("records")]
-
-
-def _value(cell: dict[str, Any], axis: str) -> Any:
-    text = cell["tags"].get(f"axis.{axis}")
-    if text is None:
-        return cell["params"].get(axis)
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _mean(setting: Setting) -> float:
@@ -142,7 +131,7 @@ def answer(settings: Sequence[Setting], floor: common.NoiseFloor | None, referen
             if against := rival.values(fresh=True):
                 sentences.append(f"Difference with fresh seeds: {_difference(fresh, against)}")
         else:
-            sentences.append(f"{picked}: no fresh seed has confirmed it yet.")
+            sentences.append(f"{picked}: no fresh seed has confirmed it yet (--confirm K trains it with K).")
     if len({len(s.values()) for s in compared}) > 1:
         sentences.append("The settings differ in how many seeds are done.")
     if out := len(settings) - len(compared):
@@ -160,16 +149,15 @@ def _over(values: dict[int, float]) -> str:
 
 
 def _difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    paired = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if not paired or not np.isfinite(paired).all():
-        return "unknown, since they share no seed, or not all are finite."
-    values = common.t_interval(paired)
-    mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in values)
-    if len(paired) == 1:
-        return f"{mean} with one seed, which allows no conclusion."
-    apart = values[1] > 0 or values[2] < 0
+    mean, low, high, seeds = common.paired_difference(pd.Series(ours), pd.Series(theirs))
+    if not seeds:
+        return "unknown, since they share no seed with a finite FID."
+    words = [f"{value:+.2f}".replace("-", "−") for value in (mean, low, high)]
+    if seeds == 1:
+        return f"{words[0]} with one seed, which allows no conclusion."
+    apart = low > 0 or high < 0
     verdict = "which excludes 0" if apart else "which includes 0, so these seeds do not tell them apart"
-    return f"{mean}, 95% interval {low} to {high}, paired over {len(paired)} seeds, {verdict}."
+    return f"{words[0]}, 95% interval {words[1]} to {words[2]}, paired over {seeds} seeds, {verdict}."
 
 
 def states_text(cells: Iterable[dict[str, Any]]) -> str:

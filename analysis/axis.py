@@ -5,10 +5,9 @@ How they are drawn is in `lines`, and in the figures that draw something else.
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import common, style
+from analysis import captions, common, style
+from analysis.common import SCORE
 from sddit.errors import SdditError, UsageError
-from sddit.results import load_cells, load_results
+from sddit.results import load_cells, load_results, load_sweep
 
-SCORE = "eval/fid"
 SYSTEM = "system"  # the axis that names methods with all their settings
 INTERVAL = ["seeds", "mean", "low", "high"]  # number of seeds, mean and 95 % t-interval
 NO_VALUES = "The paper's tables have no such axis, so nothing of it is overlaid."
@@ -33,7 +32,7 @@ class Axis:
     column: str  # of `load_results`
     name: str  # under the axis of the figure; may hold $mathematical text$, as may its labels
     noun: str  # before a value in the caption, as in 'ratio 0.3'
-    rank: Callable[[Any], Any] | None = None  # sorts the values, which stand at equal distances; None: numbers, to scale
+    rank: Callable[[Any], Any] | None = None  # sorts values that stand at equal distances; None: numbers, to scale
     label: Callable[[Any], str] = "{:g}".format
 
     @property
@@ -54,6 +53,8 @@ class Question:
     metrics: tuple[str, ...] = ()  # collected beside FID
     follows: tuple[str, ...] = ()  # fields that the axes determine
     max_series: int = 6
+    shown_as: str = "lines a step"  # the series, in the message that there are more
+    each_cell: bool = True  # cells are drawn beside their means; those that do not count faded
     paper: str = NO_VALUES  # what the caption says with --paper
 
     @property
@@ -128,21 +129,15 @@ def collect(
     floor = common.noise_floor(cells[cells["identity"].isin(usable["identity"])]) if cells is not None else None
     left_out = f"{common.counted(fresh, 'cell')} with fresh seeds, which confirm a best setting, left out."
     sentences = [
-        _reading(question, frame, common.the_value(usable, "model.size"), cells),
+        captions.reading(question, frame, common.the_value(usable, "model.size"), cells),
         common.provenance(usable, cells),
         str(floor or ""),
-        _missing(question, frame, unevaluated, table, cells),
+        captions.missing(question, frame, unevaluated, table, cells),
         left_out if fresh else "",
         question.paper if paper else "",
     ]
     score_name = f"FID ({extractor})" if extractor else "FID"
     return AxisData(question, frame, unevaluated, score_name, " ".join(s for s in sentences if s), floor)
-
-
-def last_done(frame: pd.DataFrame) -> int | None:
-    """The last evaluation step of the cells that are done: the one that counts."""
-    done = frame.loc[frame["state"] == "done", "step"]
-    return int(done.max()) if len(done) else None
 
 
 def interval_columns(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
@@ -166,7 +161,11 @@ def _with_unevaluated(question: Question, usable: pd.DataFrame, cells: pd.DataFr
         for cell in rest.to_dict("records")
         if all(cell["params"].get(name) is not None for name in question.needs)
     ]
-    return pd.concat([usable, pd.DataFrame(rows)], ignore_index=True) if rows else usable.reset_index(drop=True)
+    if not rows:
+        return usable.reset_index(drop=True)
+    recorded = {identity: i for i, identity in enumerate(cells["identity"])}  # the order in which cells began
+    both = pd.concat([usable, pd.DataFrame(rows)])
+    return both.sort_values("identity", key=lambda column: column.map(recorded), kind="stable", ignore_index=True)
 
 
 def _frame(question: Question, rows: pd.DataFrame) -> pd.DataFrame:
@@ -186,7 +185,7 @@ def _frame(question: Question, rows: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(by).reset_index(drop=True)
 
 
-def _series(question: Question, rows: pd.DataFrame) -> pd.Categorical:
+def _series(question: Question, rows: pd.DataFrame) -> Any:
     """What is compared in each row, and whatever else the cells of one such setting differ in; in order."""
     if question.series in rows:
         labels = rows[question.series].map(str)
@@ -206,8 +205,8 @@ def _series(question: Question, rows: pd.DataFrame) -> pd.Categorical:
     if (count := labels.nunique()) > question.max_series:
         raise UsageError(
             f"The cells differ in more than {', '.join([*question.differs, 'method'])} and seed: "
-            f"{', '.join(sorted(varied)) or question.series}, which makes {count} lines a step, and at most "
-            f"{question.max_series} can be shown. For a sweep of many fields use: "
+            f"{', '.join(sorted(varied)) or question.series}, which makes {count} {question.shown_as}, "
+            f"and at most {question.max_series} can be shown. For a sweep of many fields use: "
             "python analysis/plot_search.py --sweep NAME"
         )
     known = style.LABELS if question.series == SYSTEM else ()
@@ -227,115 +226,9 @@ def _over_seeds(question: Question, frame: pd.DataFrame) -> pd.DataFrame:
     """`interval_columns` of the score over the cells that count."""
     counting = frame["state"] == "done"
     if question.at_end:
-        counting &= frame["step"] == last_done(frame)
+        counting &= frame["step"] == common.last_done(frame)
     by = ["series", *(axis.short for axis in question.axes), "step"]
     return interval_columns(frame[counting], by, SCORE).reindex(frame.index)
-
-
-# ------------------------------------------------------------------------------------------------------------ words
-
-
-def _reading(question: Question, frame: pd.DataFrame, size: str | None, cells: pd.DataFrame | None) -> str:
-    """How to read the figure: what is compared, how many cells and steps, which intervals."""
-    names = [str(name) for name in frame["series"].unique()]
-    what = " ".join([question.title + ",", *(names if len(names) == 1 else []), *([size] if size else [])])
-    seeds = frame["seeds"].dropna()
-    if seeds.empty:
-        spread = "no cell is done yet"
-    elif seeds.max() == 1:
-        spread = "one seed, no interval"
-    elif seeds.min() == seeds.max():
-        spread = f"mean and 95% t-interval over {seeds.max():.0f} seeds (the dots)"
-    else:
-        spread = f"mean over {seeds.min():.0f} to {seeds.max():.0f} seeds (the dots), 95% t-interval from two on"
-    last = last_done(frame)
-    if question.at_end:
-        steps = "at the last step" + (f" ({last:,})" if last is not None else "")
-    else:
-        strongest = f", the last ({last:,}) strongest" if last is not None and frame["step"].nunique() > 1 else ""
-        steps = f"one line per evaluation step{strongest}"
-    done = frame.loc[frame["state"] == "done", "identity"].nunique()
-    of = f" of {len(cells)}" if cells is not None and len(cells) > done else ""
-    text = f"{what.rstrip(',')}: {steps}; {spread}. {done}{of} cells done, {_steps_asked(frame, cells)} steps."
-    if infinite := int((~np.isfinite(frame[SCORE])).sum()):
-        text += f" {common.counted(infinite, 'infinite score')} not drawn."
-    return text
-
-
-def _steps_asked(frame: pd.DataFrame, cells: pd.DataFrame | None) -> str:
-    """The optimiser steps asked of the cells, or where that is not known, the steps they were evaluated at."""
-    steps = sorted(set(cells["steps"]) - {0}) if cells is not None else []
-    steps = steps or [int(frame["step"].max())]
-    return f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-
-
-def _place(question: Question, series: Any, values: Sequence[Any], seed: Any) -> str:
-    """A cell in words: 'SD-DiT, ratio 0.3 seed 1', where `series` says something the figure's title does not."""
-    pairs = zip(question.axes, values, strict=True)
-    text = " ".join(f"{axis.noun} {axis.label(value)}" for axis, value in pairs) + f" seed {seed:g}"
-    words = re.sub(r"[${}]", "", text).split()  # without the marks of mathematical text and line breaks
-    return ", ".join(filter(None, (str(series or ""), " ".join(words))))
-
-
-def _missing(
-    question: Question,
-    frame: pd.DataFrame,
-    unevaluated: pd.DataFrame,
-    table: pd.DataFrame,
-    cells: pd.DataFrame | None,
-) -> str:
-    """What a reader who expects a whole sweep has to know."""
-    sentences = []
-    several = frame["series"].nunique() > 1
-    shorts = [axis.short for axis in question.axes]
-
-    def named(rows: pd.DataFrame) -> str:
-        """The cells of these rows as 'ratio 0.3 seed 1', at most four of them."""
-        one = rows.drop_duplicates("identity").to_dict("records")
-        return common.listed(
-            _place(question, several and row["series"], [row[s] for s in shorts], row["seed"]) for row in one
-        )
-
-    faded = frame[frame["state"] != "done"]
-    if len(faded):
-        parts = [
-            f"{rows['identity'].nunique()} {common.STATE_WORDS.get(str(state), state)} ({named(rows)})"
-            for state, rows in faded.groupby("state", sort=False)
-        ]
-        at = ", at the step they reached" if question.at_end else ""
-        sentences.append(f"Faded{at}, and in no line or mean: {', '.join(parts)}.")
-    last = last_done(frame)
-    done = frame[frame["state"] == "done"]
-    reached = done.groupby("identity")["step"].transform("max")
-    if last is not None and len(short := done[reached < last]):
-        faded_too = ", and so faded" if question.at_end else ""
-        sentences.append(f"Done, but with fewer steps than {last:,}{faded_too}: {named(short)}.")
-    if cells is not None:
-        rest = cells[~cells["identity"].isin(table["identity"])]
-        if len(rest):
-            counts = rest["state"].value_counts().items()
-            states = ", ".join(f"{n} {common.STATE_WORDS.get(str(s), s)}" for s, n in counts)
-            sentences.append(f"Not evaluated yet: {common.counted(len(rest), 'cell')} ({states}).")
-    elsewhere = table["identity"].nunique() - frame["identity"].nunique()
-    if elsewhere:
-        what = " or ".join([*question.differs, "FID"])
-        sentences.append(f"Without a {what}, not drawn: {common.counted(elsewhere, 'cell')}.")
-    if absent := _absent(question, pd.concat([frame, unevaluated]) if len(unevaluated) else frame):
-        sentences.append(f"Not recorded: {common.listed(absent)}.")
-    return " ".join(sentences)
-
-
-def _absent(question: Question, known: pd.DataFrame) -> list[str]:
-    """Series, values and seeds that occur in the sweep, but not with each other."""
-    columns = ["series", *(axis.short for axis in question.axes), "seed"]
-    there = set(known[columns].itertuples(index=False, name=None))
-    several = known["series"].nunique() > 1
-    everywhere = product(*(known[column].sort_values().unique() for column in columns))
-    return [
-        _place(question, several and series, values, seed)
-        for series, *values, seed in everywhere
-        if (series, *values, seed) not in there
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- make
@@ -354,6 +247,9 @@ def make(
     """Reads the sweep, writes the figure and its data to `out`, and gives their paths. Raises as `collect` does."""
     table = load_results(sweep, tracking_uri, metrics=question.metrics)
     data = collected(table, load_cells(sweep, tracking_uri), paper=paper)
+    if excluded := json.loads(load_sweep(sweep, tracking_uri).tags.get("sddit.excluded", "{}")):
+        reasons = common.listed(f"{label} ({reason})" for label, reason in excluded.items())
+        data = replace(data, caption=f"{data.caption} Not part of the sweep: {reasons}.")
     return common.save(draw(data), data.frame, common.output_name(question.name, sweep, question.name), out)
 
 

@@ -22,6 +22,7 @@ from analysis import style
 from sddit.config import FRESH_SEED
 from sddit.errors import SdditError, UsageError
 
+SCORE = "eval/fid"  # in every record, whatever the features: the protocol names them
 STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
 
 # No dates, no versions: the same data give the same bytes.
@@ -140,6 +141,12 @@ def without_fresh_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Results or cells whose seeds took part in the choice of the best setting. Fresh seeds confirm it, and were given
     to it alone: in a figure of the sweep they would favour it."""
     return table[~(table["seed"].astype(float) >= FRESH_SEED)]
+
+
+def last_done(frame: pd.DataFrame) -> int | None:
+    """The last evaluation step of the cells that are done: the one that counts."""
+    done = frame.loc[frame["state"] == "done", "step"]
+    return int(done.max()) if len(done) else None
 
 
 def t_interval(values: Iterable[float]) -> tuple[float, float, float]:

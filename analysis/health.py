@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from analysis.axis import AxisData, last_done
+from analysis.axis import AxisData
+from analysis.common import last_done
 from sddit.config import SDDiT
 
-METRICS = {"train/information_cls": "[CLS]", "train/information_patch": "patches"}
+METRICS = {"train/information_cls": "[CLS]", "train/information_patch": "patch"}
 DEAD = float(SDDiT.model_fields["collapse_threshold"].default)  # nat
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
-from analysis import axis, common, style
-from analysis.axis import SCORE, Axis, AxisData
+from analysis import common, style
+from analysis.axis import Axis, AxisData
+from analysis.common import SCORE
 
 MAX_LEGEND_STEPS = 10
 STATE_LABELS = {**common.STATE_WORDS, "done": "fewer steps"}
@@ -25,13 +26,15 @@ def draw_steps(data: AxisData, below: Callable[[Axes, pd.DataFrame], None] | Non
     same axis from the rows of the series."""
     (over,) = data.question.axes
     frame = finite(data.frame)
-    steps, last = sorted(frame["step"].unique()), axis.last_done(frame)
+    steps, last = sorted(frame["step"].unique()), common.last_done(frame)
     names = list(dict.fromkeys(data.frame["series"]))
     low, high, cut = limits(frame)
     caption = f"{data.caption} {cut}".strip()
     with style.context():
-        rows_alike = "row" if len(names) > 1 else False  # else FID and what is below stand in one row
-        figure, panels = style.panels(len(names) * (2 if below else 1), caption, share=rows_alike if below else True)
+        share: bool | Literal["row"] = True
+        if below:
+            share = "row" if len(names) > 1 else False  # of a single series both panels stand in one row
+        figure, panels = style.panels(len(names) * (2 if below else 1), caption, share=share)
         upper = panels[: len(names)]
         for panel, name in zip(upper, names, strict=True):
             rows = frame[frame["series"] == name]
@@ -44,8 +47,8 @@ def draw_steps(data: AxisData, below: Callable[[Axes, pd.DataFrame], None] | Non
             ticks(panel, over, frame)
         floor = draw_floor(upper, data.floor)
         style.label_axes(upper, over.name, data.score_name)
-        colour = look_of(frame).colour if len(names) == 1 else MIXED
-        handles = [*_step_handles(steps, last, colour), *state_handles(frame, colour), *floor]
+        common_colour = look_of(frame).colour if len(names) == 1 else MIXED
+        handles = [*_step_handles(steps, last, common_colour), *state_handles(frame, common_colour), *floor]
         figure.legend(handles=handles, title="step", loc="outside right upper", alignment="left")
         if below:
             for panel, name in zip(panels[len(names) :], names, strict=True):
@@ -65,6 +68,7 @@ def draw_line(
     y: str = SCORE,
     strong: bool = True,
     dots: bool = True,
+    shift: float = 0.0,
 ) -> None:
     """The line of one series at one step.
 
@@ -77,10 +81,12 @@ def draw_line(
         y: the column that the rows' mean, low and high are of.
         strong: it lies over the others.
         dots: the seeds beside their means.
+        shift: to the right, for lines whose intervals would cover each other.
     """
     counts = rows["seeds"].notna()
-    rows = rows.assign(x=positions(over, rows))
-    places = np.sort(rows["x"].unique()) if over.rank is None else np.arange(len(rows[over.short].cat.categories))
+    rows = rows.assign(x=positions(over, rows) + shift)
+    ranks = shift + np.arange(len(rows[over.short].cat.categories)) if over.rank else None
+    places = np.sort(rows["x"].unique()) if ranks is None else ranks
     aside = dots * (0.02 * np.ptp(places) if len(places) > 1 else 0.01)  # else the mean would hide what lies under it
     # A place without a cell that counts breaks the line, which would otherwise claim a value there.
     means = rows[counts].drop_duplicates("x").set_index("x").reindex(places)
@@ -188,8 +194,7 @@ def _step_handles(steps: list[int], last: int | None, colour: str) -> list[Line2
 
 def look_of(rows: pd.DataFrame) -> style.Look:
     """How the method of these rows is drawn."""
-    first = rows.iloc[0] if len(rows) else {"method": "", "kind": None}
-    return style.look(first["method"], first["kind"])
+    return style.look(rows["method"].iloc[0], rows["kind"].iloc[0]) if len(rows) else style.look("")
 
 
 def series_colours(frame: pd.DataFrame) -> dict[Any, Any]:

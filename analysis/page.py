@@ -39,9 +39,11 @@ def section(title: str, *content: object) -> Html:
     return element("section", element("h2", title), *content) if any(content) else Html()
 
 
-def bullets(items: Iterable[object]) -> Html:
-    inside = [element("li", item) for item in items]
-    return element("ul", *inside) if inside else Html()
+def bullets(items: Iterable[object], at_most: int | None = None) -> Html:
+    every = list(items)
+    shown = every[:at_most]
+    more = [f"and {len(every) - len(shown)} more"] if len(every) > len(shown) else []
+    return element("ul", *(element("li", item) for item in [*shown, *more])) if every else Html()
 
 
 def listed(entries: Mapping[str, object]) -> Html:

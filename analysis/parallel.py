@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.ticker
@@ -10,9 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-
 ABSENT = -0.16  # where a cell stands that does not have the axis
-WORD_ROOM = 0.16  # of the scale, for each word above numbers
+WORD_ROOM = 0.16  # of the scale, for each word above numbers, and for a zero below them
 MAX_MARKS = 6  # different numbers that have a mark each
 DECADE = 10.0
 SPREAD = 0.05  # lines through one value are drawn beside each other, over so much of the scale
@@ -27,93 +27,112 @@ def axis_name(axis: str) -> str:
     return (section if section and name == "name" else name).replace("_", " ")
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and not pd.isna(value)
+def sorted_out(values: Sequence[Any]) -> list[float | str | None]:
+    """Numbers as numbers, None or NaN as None, all else as words; so is a zero among numbers that span a decade, which
+    a logarithmic scale has no place for."""
+    known = [None if value is None or value != value else value for value in values]
+    plain = [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in known]
+    numbers = [value for value in plain if isinstance(value, float)]
+    switched = 0.0 in numbers and _spans_decade([value for value in numbers if value])
+    return [
+        value if value is None else str(known[i]) if not isinstance(value, float) else "0" if switched and not value
+        else value for i, value in enumerate(plain)
+    ]  # fmt: skip
 
 
-def is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and np.isnan(value))
+def _spans_decade(numbers: Sequence[float]) -> bool:
+    return bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= DECADE
 
 
-def spans_decade(numbers: Sequence[float]) -> bool:
-    """Whether an axis of these numbers is logarithmic."""
-    return min(numbers) > 0 and max(numbers) / min(numbers) >= DECADE
+def spread(numbers: Sequence[float]) -> Callable[[float], float]:
+    """What makes these numbers even: their logarithm if they span a decade; for rates like 0.9, 0.99, 0.999 that of
+    their distance to one; or nothing."""
+    if _spans_decade(numbers):
+        return math.log10
+    if min(numbers) >= 0.5 and max(numbers) < 1 and _spans_decade([1 - number for number in numbers]):
+        return lambda number: -math.log10(1 - number)
+    return float
 
 
 def scale(values: Sequence[Any]) -> tuple[np.ndarray, dict[float, str]]:
     """Where the values stand on an upright scale from 0 to 1, and its marks.
 
-    Numbers are spread over it, by their logarithm where they span a decade. Words have places of their own, above the
-    numbers if there are any; a value that is absent has one below.
+    Words stand above the numbers, a zero that counts as one below them, and a value that is absent below it all.
     """
-    numbers = [float(value) for value in values if is_number(value)]
-    words = sorted({str(value) for value in values if not is_number(value) and not is_absent(value)})
-    top = max(0.4, 1 - WORD_ROOM * len(words)) if words else 1.0
+    known = sorted_out(values)
+    numbers = [value for value in known if isinstance(value, float)]
+    words = sorted({value for value in known if isinstance(value, str)})
     marks: dict[float, str] = {}
-    places: dict[str, float] = {}
+    places: dict[Any, float] = {None: ABSENT}
     if numbers:
-        marks = {_on(mark, numbers) * top: f"{mark:g}" for mark in _marks(numbers)}
-        places = dict(zip(words, np.linspace(top, 1, len(words) + 1)[1:], strict=True))
-    elif words:
-        places = dict(zip(words, np.linspace(0, 1, len(words)) if len(words) > 1 else [0.5], strict=True))
-    marks |= {place: word for word, place in places.items()}
-    if any(map(is_absent, values)):
+        zero = {"0"} & set(words) if _spans_decade(numbers) else set()
+        bottom, above = WORD_ROOM * len(zero), [word for word in words if word not in zero]
+        top = max(0.5, 1 - WORD_ROOM * len(above))
+        even = spread(numbers)
+        low, high = even(min(numbers)), even(max(numbers))
+
+        def place(number: float) -> float:
+            share = (even(number) - low) / (high - low) if high > low else 0.5
+            return bottom + share * (top - bottom)
+
+        places |= {number: place(number) for number in numbers}
+        marks |= {place(mark): f"{mark:.4g}" for mark in _marks(numbers, [places[n] for n in sorted(set(numbers))])}
+        places |= dict.fromkeys(zero, 0.0)
+        places |= dict(zip(above, np.linspace(top, 1, len(above) + 1)[1:].tolist(), strict=True))
+    else:
+        places |= dict(zip(words, np.linspace(0, 1, len(words)).tolist() if len(words) > 1 else [0.5], strict=False))
+    marks |= {places[word]: word for word in words}
+    if None in known:
         marks[ABSENT] = "none"
-    where = [
-        _on(float(value), numbers) * top if is_number(value) else ABSENT if is_absent(value) else places[str(value)]
-        for value in values
-    ]
-    return np.array(where), marks
+    return np.array([places[value] for value in known]), marks
 
 
-def _on(value: float, numbers: Sequence[float]) -> float:
-    """The place of a number between the lowest, 0, and the highest, 1."""
-    low, high = min(numbers), max(numbers)
-    if low == high:
-        return 0.5
-    if spans_decade(numbers):
-        return float(np.log(value / low) / np.log(high / low))
-    return (value - low) / (high - low)
-
-
-def _marks(numbers: Sequence[float]) -> list[float]:
-    """Numbers to mark: each, where they are few and lie apart, else round ones."""
+def _marks(numbers: Sequence[float], places: Sequence[float]) -> list[float]:
+    """Numbers to mark: each, where they are few and short and lie apart, else round ones."""
     low, high = min(numbers), max(numbers)
     each = sorted(set(numbers))
-    if len(each) <= MAX_MARKS and (np.diff([_on(value, numbers) for value in each]) > 0.08).all():
+    if len(each) <= MAX_MARKS and (np.diff(places) > 0.08).all() and all(float(f"{n:.4g}") == n for n in each):
         return each
-    if spans_decade(numbers):
+    if spread(numbers) is float:
+        found = matplotlib.ticker.MaxNLocator(4).tick_values(low, high)
+    elif _spans_decade(numbers):
         decades = np.log10(high / low)
         subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
-        locator: matplotlib.ticker.Locator = matplotlib.ticker.LogLocator(subs=subs)
+        found = matplotlib.ticker.LogLocator(subs=subs).tick_values(low, high)
     else:
-        locator = matplotlib.ticker.MaxNLocator(4)
+        found = 1 - 10.0 ** -np.arange(1, 10)
     slack = 1e-9 * (high - low)
-    return [float(mark) for mark in locator.tick_values(low, high) if low - slack <= mark <= high + slack]
+    inside = [float(mark) for mark in found if low - slack <= mark <= high + slack]
+    return inside if len(inside) > 1 else [low, high] if high > low else [low]
 
 
-def draw(panel: Axes, values: pd.DataFrame, styles: Sequence[dict[str, Any]]) -> None:
-    """One line a row of `values`, over its columns, drawn in this order with these keywords of `Axes.plot`."""
+def draw(panel: Axes, values: pd.DataFrame, looks: Sequence[dict[str, Any]]) -> None:
+    """One line a row of `values`, over its columns; `looks` has keywords of `Axes.plot` for each. The last lies on top.
+
+    Raises:
+        ValueError: there are fewer than two columns.
+    """
+    width = values.shape[1] - 1
+    if width < 1:
+        raise ValueError("parallel coordinates need two axes")
     places = np.empty(values.shape)
+    lowest = 0.0
     for i, axis in enumerate(values):
         where, marks = scale(values[axis].tolist())
         places[:, i] = _beside_each_other(where)
-        low = min(0.0, *marks)
+        lowest = min(lowest, *marks)
         panel.plot([i, i], [0, 1], color="#404040", linewidth=1.0, zorder=5)
         for place, mark in marks.items():
-            panel.plot([i - 0.015, i + 0.015], [place, place], color="#404040", linewidth=1.0, zorder=5)
+            panel.plot([i - 0.003 * width, i + 0.003 * width], [place, place], color="#404040", linewidth=1.0, zorder=5)
             panel.text(
-                i + 0.03, place, mark, fontsize=7, va="center", zorder=6, clip_on=False,
+                i + 0.006 * width, place, mark, fontsize=7, va="center", zorder=6,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
             )  # fmt: skip
-        panel.text(
-            i, 1.07, axis_name(str(axis)).replace(" ", "\n"), ha="center", va="bottom",
-            fontsize=8, linespacing=1.0, clip_on=False,
-        )  # fmt: skip
-        panel.set_ylim(min(low - 0.04, panel.get_ylim()[0] if i else 0), 1.04)
-    for row, look in zip(places, styles, strict=True):
-        panel.plot(np.arange(len(row)), row, **look)
-    panel.set_xlim(-0.15, values.shape[1] - 0.6)
+        name = axis_name(str(axis))
+        panel.text(i, 1.07, name if len(name) < 9 else name.replace(" ", "\n"), ha="center", va="bottom", fontsize=8)
+    for row, look in zip(places, looks, strict=True):
+        panel.plot(np.arange(width + 1), row, **look)
+    panel.set(xlim=(-0.04 * width, 1.08 * width), ylim=(lowest - 0.05, 1.05))
     panel.set_axis_off()
 
 

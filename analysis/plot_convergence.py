@@ -8,7 +8,7 @@ Also writes how many times fewer steps and FLOPs each system needs to reach the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from analysis import common, finals, lines, paper, speedup, style
-from analysis.axis import SCORE
+from analysis import axis, captions, common, finals, lines, paper, speedup, style
+from analysis.common import SCORE
 from analysis.finals import DEFAULT_RATE, RATE
+from sddit.errors import SdditError
 from sddit.results import load_cells, load_results
 
 DEFAULT_SWEEP = "convergence"
@@ -77,15 +78,24 @@ def collect(table: pd.DataFrame, cells: pd.DataFrame, *, paper: bool = False) ->
     default = frame[RATE] == DEFAULT_RATE
     frame["line"] = np.select([default, picked & (frame["state"] == "done")], ["default", "best"], "not drawn")
     drawn = frame[frame["line"] != "not drawn"]
+    if not np.isfinite(drawn[SCORE]).any():
+        raise SdditError(
+            f"Nothing to draw yet: no finite FID at a default learning rate ({RATE} {DEFAULT_RATE}). "
+            "Run the sweep again to resume it: python sweeps/convergence.py"
+        )
     scored = cells[cells["identity"].isin(frame["identity"])]
     published, on_published = _published(drawn, scored) if paper else (_no_points(), "")
     factors = speedup.speedups_of(frame)
     evaluated = table[table["identity"].isin(frame["identity"])]
     paragraphs = [
-        [_reading(drawn, cells), _rates(frame, best)],
+        [_reading(frame, drawn, cells), _rates(frame, best)],
         [speedup.in_words(factors)],
         [common.provenance(evaluated, scored), str(curves.floor or ""), _samplers(drawn, scored)],
-        [_missing(frame, cells, fresh), on_published],
+        [
+            _missing(curves, table, cells),
+            f"{common.counted(fresh, 'cell')} of fresh seeds left out." if fresh else "",
+            on_published,
+        ],
     ]
     caption = "\n".join(text for parts in paragraphs if (text := " ".join(part for part in parts if part)))
     return ConvergenceData(frame, published, factors, curves.floor, curves.score_name, caption)
@@ -130,7 +140,7 @@ def _published(drawn: pd.DataFrame, cells: pd.DataFrame) -> tuple[pd.DataFrame, 
 # ---------------------------------------------------------------------------------------------------------- caption
 
 
-def _reading(drawn: pd.DataFrame, cells: pd.DataFrame) -> str:
+def _reading(frame: pd.DataFrame, drawn: pd.DataFrame, cells: pd.DataFrame) -> str:
     """How to read the figure: what is compared, how many cells, which intervals."""
     size = common.the_value(drawn, "size")
     seeds = drawn["seeds"].dropna()
@@ -142,9 +152,11 @@ def _reading(drawn: pd.DataFrame, cells: pd.DataFrame) -> str:
         number = f"{seeds.min():.0f} to " * bool(seeds.min() < seeds.max()) + f"{seeds.max():.0f}"
         spread = f"mean and 95% t-interval (bands) over {number} seeds (thin lines)"
     done = (cells["state"] == "done").sum()
+    infinite = int((~np.isfinite(frame[SCORE])).sum())
+    not_drawn = f"{common.counted(infinite, 'infinite score')} not drawn. " if infinite else ""
     return (
         f"FID at each evaluation{f', {size}' if size else ''}: {spread}. {done} of "
-        f"{common.counted(len(cells), 'cell')} done. FLOPs: all passes of a training step, two per multiply-add, a "
+        f"{common.counted(len(cells), 'cell')} done. {not_drawn}FLOPs: all passes of a training step, two per multiply-add, a "
         "pass with gradient counted three times."
     )
 
@@ -163,7 +175,8 @@ def _rates(frame: pd.DataFrame, best: dict[str, finals.BestRate]) -> str:
 
 
 def _samplers(drawn: pd.DataFrame, cells: pd.DataFrame) -> str:
-    """Formulation, sampler and cost of a sample: they belong to the system, not to the protocol."""
+    """Formulation, sampler and cost of a sample: they belong to the system, not to the protocol; batch where unlike."""
+    unlike = len({cell.get("train.batch_size") for cell in cells["params"]}) > 1
     facts = {cell["identity"]: cell for cell in cells.to_dict("records")}
     systems: dict[str, list[str]] = {}
     for system, rows in drawn.groupby("system", sort=False):
@@ -171,6 +184,7 @@ def _samplers(drawn: pd.DataFrame, cells: pd.DataFrame) -> str:
         fields, cost = cell["params"], cell["tags"].get("sddit.sampling_flops")
         sampler, steps, average = (fields.get(name, "unknown") for name in finals.SAMPLER_FIELDS)
         what = f"{fields.get('diffusion.kind', 'unknown')}, {sampler} with {steps} steps, weight average {average}"
+        what += f", batch size {fields.get('train.batch_size')}" * unlike
         spent = f" {EngFormatter('FLOPs')(float(f'{float(cost):.3g}'))}" if cost else ""
         systems.setdefault(what, []).append(f"{system}{spent}")
     told = " and FLOPs of a sample" if any("FLOPs" in name for names in systems.values() for name in names) else ""
@@ -178,41 +192,19 @@ def _samplers(drawn: pd.DataFrame, cells: pd.DataFrame) -> str:
     return f"Formulation, sampler{told}: {listed}."
 
 
-def _missing(frame: pd.DataFrame, cells: pd.DataFrame, fresh: int) -> str:
-    """What a reader who expects a whole sweep has to know."""
-
-    def named(rows: pd.DataFrame) -> str:
-        one = rows.drop_duplicates("identity")
-        return common.listed(
-            f"{row.system}{f' lr {row.lr}' * (row.lr != DEFAULT_RATE)} seed {row.seed}" for row in one.itertuples()
-        )
-
-    def counts(states: pd.Series) -> str:
-        return ", ".join(f"{n} {common.STATE_WORDS.get(str(s), s)}" for s, n in states.value_counts().items())
-
-    sentences = []
-    default = frame[frame["line"] == "default"]
-    if len(faded := default[default["state"] != "done"]):
-        parts = [
-            f"{rows['identity'].nunique()} {common.STATE_WORDS.get(str(state), state)} ({named(rows)})"
-            for state, rows in faded.groupby("state", sort=False)
-        ]
-        sentences.append(f"Faded, and in no mean or interval: {', '.join(parts)}.")
-    elsewhere = frame[(frame["line"] != "default") & (frame["state"] != "done")].drop_duplicates("identity")
-    if len(elsewhere):
-        sentences.append(f"Not drawn, at other learning rates: {counts(elsewhere['state'])}.")
-    done = frame[frame["state"] == "done"]
-    reached = done.groupby("identity")["step"].transform("max")
-    if len(short := done[reached < done["step"].max()]):
-        sentences.append(f"Done, but with fewer steps than {done['step'].max():,}: {named(short)}.")
-    if len(unevaluated := cells[~cells["identity"].isin(frame["identity"])]):
-        states = counts(unevaluated["state"])
-        sentences.append(f"Not evaluated yet: {common.counted(len(unevaluated), 'cell')} ({states}).")
-    if infinite := int((~np.isfinite(frame[SCORE])).sum()):
-        sentences.append(f"{common.counted(infinite, 'infinite score')} not drawn.")
-    if fresh:
-        sentences.append(f"{common.counted(fresh, 'cell')} of fresh seeds left out.")
-    return " ".join(sentences)
+def _missing(curves: axis.AxisData, table: pd.DataFrame, cells: pd.DataFrame) -> str:
+    """What a reader who expects a whole sweep has to know: of the default rates, and in short of the others."""
+    frame = curves.frame.rename(columns={"system": "series"})
+    default = [params.get(RATE, DEFAULT_RATE) == DEFAULT_RATE for params in cells["params"]]
+    ours, others = cells[default], cells[~np.array(default, dtype=bool)]
+    unevaluated = curves.unevaluated[curves.unevaluated["identity"].isin(ours["identity"])]
+    evaluated = table[table["identity"].isin(ours["identity"])]
+    question = replace(curves.question, axes=())  # names of cells without the rate
+    text = captions.missing(question, frame[frame[RATE] == DEFAULT_RATE], unevaluated, evaluated, ours)
+    if len(states := others.loc[others["state"] != "done", "state"].value_counts()):
+        counts = ", ".join(f"{n} {common.STATE_WORDS.get(str(state), state)}" for state, n in states.items())
+        text += f" Not drawn, at other learning rates: {counts}."
+    return text.strip()
 
 
 # ------------------------------------------------------------------------------------------------------------- draw

@@ -19,11 +19,12 @@ from matplotlib.lines import Line2D
 
 from analysis import axis, common, finals, lines, style
 from analysis import paper as published
-from analysis.axis import SCORE
+from analysis.common import SCORE
 from sddit.config import SIZE_GRIDS
 
 FLOPS = axis.Axis(finals.FLOPS, "training FLOPs", "FLOPs")
-PAPER = dict(marker="*", markersize=9, markerfacecolor="none", linestyle="")
+SHIFT = 0.14  # between systems, of the distance of two sizes
+PAPER: dict[str, Any] = {"marker": "*", "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
 
 
 def rank(size: str) -> tuple[int, str]:
@@ -83,13 +84,19 @@ def draw(data: axis.AxisData) -> Figure:
         handles: list[Line2D] = []
         for panel, over in zip(panels, axes, strict=True):
             handles = []
-            for name, colour in lines.series_colours(ours).items():
+            colours = lines.series_colours(ours)
+            for i, (name, colour) in enumerate(colours.items()):
                 rows = ours[ours["series"] == name]
                 look = lines.look_of(rows)
-                lines.draw_line(panel, over, rows, look, colour, dots=over is SIZE)
-                handles.append(Line2D([], [], color=colour, label=textwrap.fill(str(name), 28), linewidth=2.0, **lines.marks(look)))
+                if over is SIZE:
+                    lines.draw_line(panel, over, rows, look, colour, shift=SHIFT * (i - (len(colours) - 1) / 2))
+                else:  # no place along FLOPs lacks a cell, so that only those that count are joined
+                    lines.draw_line(panel, over, rows[rows["seeds"].notna()], look, colour, dots=False)
+                handles.append(
+                    Line2D([], [], color=colour, label=textwrap.fill(str(name), 28), linewidth=2.0, **lines.marks(look))
+                )
             for name, rows in theirs.groupby("series", sort=False):
-                shown = rows[rows["step"] == axis.last_done(ours)] if over is SIZE else rows
+                shown = rows[rows["step"] == common.last_done(ours)] if over is SIZE else rows
                 colour = lines.look_of(rows).colour
                 panel.plot(lines.positions(over, shown), shown[SCORE], color=colour, **PAPER)
                 handles.append(Line2D([], [], color=colour, label=str(name), **PAPER))

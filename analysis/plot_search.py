@@ -33,12 +33,14 @@ from sddit.results import AXIS_TAG, load_cells, load_results, load_sweep, parse_
 
 DEFAULT_SWEEP = "search"
 SCORE, FLOPS = "eval/fid", "cost/flops"
+DISCRIMINATIVE = ("method.tau_", "method.teacher_", "method.centr", "method.head_")  # fields of that loss
 LEAST = 8  # finished cells, for an importance to mean anything
+NUMBER = "a number"
 TOP = 5  # cells at least whose axis values an importance sets against the others'
 # Dark is low; monotone in grey, and told apart by colour-blind readers. Without the lightest, which white swallows.
-COLOURS = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, 256)))
-UNFINISHED, LINE = "#C4C4C4", "#5A6470"
-RING: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "#C23B00", "markeredgewidth": 1.4}
+COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, 256)))
+UNFINISHED, LINE, BEST = "#C4C4C4", "#5A6470", "#C23B00"
+RING: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": BEST, "markeredgewidth": 1.4}
 PANEL = (4.0, 2.9)  # inches, of four
 
 
@@ -93,11 +95,13 @@ def collect(table: pd.DataFrame, cells: pd.DataFrame, axes: Sequence[str] = (), 
     axes = list(axes) or _fields_that_differ(searched)
     values = pd.DataFrame({axis: _values(searched, axis) for axis in axes}, index=searched["identity"], dtype=object)
     varied = [axis for axis in axes if values[axis].map(repr).nunique() > 1]
+    twins = _twins(values, varied)
+    varied = [axis for axis in varied if axis not in twins]
     frame = frame.join(values, on="identity")
     importance = importances(frame[frame["counts"]], varied)
     floor, extractor = common.noise_floor(cells), common.the_value(usable, "eval.extractor")
     sentences = [
-        _reading(frame, searched, axes, varied),
+        _reading(frame, searched, varied, [a for a in axes if a not in [*varied, *twins]], twins),
         _missing(frame, searched),
         _best(frame, varied, cells, everything),
         _importance_words(frame, importance),
@@ -137,12 +141,22 @@ def _front(score: pd.Series, flops: pd.Series) -> pd.Series:
 
 
 def _values(cells: pd.DataFrame, axis: str) -> list[Any]:
-    """Each cell's value on an axis: as recorded with the cell, or the field's; None where it has neither."""
-    tag = AXIS_TAG + axis
-    return [
-        parse_param(axis, tags[tag]) if tag in tags else params.get(axis)
-        for tags, params in zip(cells["tags"], cells["params"], strict=True)
-    ]
+    """Each cell's value on an axis: as recorded with the cell, or the field's; None where it has neither, or where
+    the field means nothing, since the cell has no discriminative loss."""
+
+    def value(tags: dict[str, str], params: dict[str, Any]) -> Any:
+        if (text := tags.get(AXIS_TAG + axis)) is not None:
+            return parse_param(axis, text)
+        generative = params.get("method.lambda_d") == 0 and not params.get("method.lambda_d_end")
+        return None if generative and axis.startswith(DISCRIMINATIVE) else params.get(axis)
+
+    return [value(tags, params) for tags, params in zip(cells["tags"], cells["params"], strict=True)]
+
+
+def _twins(values: pd.DataFrame, axes: Sequence[str]) -> list[str]:
+    """Axes whose values are those of an earlier one in every cell."""
+    columns = [values[axis].map(repr).tolist() for axis in axes]
+    return [axis for i, axis in enumerate(axes) if columns[i] in columns[:i]]
 
 
 def _fields_that_differ(cells: pd.DataFrame) -> list[str]:
@@ -166,30 +180,25 @@ def importances(frame: pd.DataFrame, axes: Sequence[str]) -> dict[str, float] | 
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions: dict[tuple[str, str], BaseDistribution] = {}
+    # An axis is up to two parameters: its numbers, on an even scale, and its words, one of which says "a number".
+    columns: dict[str, list[Any]] = {}
+    distributions: dict[str, BaseDistribution] = {}
     for axis in axes:
-        values = [value for value in frame[axis] if not parallel.is_absent(value)]
-        numbers = [float(value) for value in values if parallel.is_number(value)]
-        words = sorted({str(value) for value in values if not parallel.is_number(value)})
+        known = parallel.sorted_out(frame[axis].tolist())
+        numbers = [value for value in known if isinstance(value, float)]
+        words = sorted({value for value in known if isinstance(value, str)})
         if numbers:
-            log = parallel.spans_decade(numbers)
-            distributions[axis, "number"] = FloatDistribution(min(numbers), max(numbers), log=log)
+            even = parallel.spread(numbers)
+            columns[f"{axis}/number"] = [even(value) if isinstance(value, float) else None for value in known]
+            distributions[f"{axis}/number"] = FloatDistribution(even(min(numbers)), even(max(numbers)))
         if words:
-            distributions[axis, "word"] = CategoricalDistribution([*words, *(["number"] if numbers else [])])
+            columns[f"{axis}/word"] = [NUMBER if isinstance(value, float) else value for value in known]
+            distributions[f"{axis}/word"] = CategoricalDistribution([*words, *([NUMBER] if numbers else [])])
     study = optuna.create_study()
-    for row in frame.to_dict("records"):
-        params = {}
-        for axis, part in distributions:
-            value = row[axis]
-            if parallel.is_absent(value):
-                continue
-            if parallel.is_number(value):
-                params[axis, part] = float(value) if part == "number" else "number"
-            elif part == "word":
-                params[axis, part] = str(value)
-        named = {"/".join(key): value for key, value in params.items()}
-        kinds = {"/".join(key): distributions[key] for key in params}
-        study.add_trial(optuna.trial.create_trial(params=named, distributions=kinds, value=row[SCORE]))
+    for i, score in enumerate(frame[SCORE]):
+        params = {name: column[i] for name, column in columns.items() if column[i] is not None}
+        kinds = {name: distributions[name] for name in params}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=kinds, value=float(score)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the evaluator is marked experimental
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_top(len(frame)) / len(frame))
@@ -201,23 +210,29 @@ def importances(frame: pd.DataFrame, axes: Sequence[str]) -> dict[str, float] | 
 
 
 def _top(count: int) -> int:
-    """How many cells are the best ones: a tenth, but at least `TOP`, and at most half."""
-    return min(count // 2, max(TOP, round(count / 10)))
+    """How many cells are the best ones: a quarter, but at least `TOP`, and at most half."""
+    return min(count // 2, max(TOP, count // 4))
 
 
 # ---------------------------------------------------------------------------------------------------------- caption
 
 
-def _reading(frame: pd.DataFrame, searched: pd.DataFrame, axes: Sequence[str], varied: Sequence[str]) -> str:
+def _reading(
+    frame: pd.DataFrame, searched: pd.DataFrame, varied: Sequence[str], same: Sequence[str], twins: Sequence[str]
+) -> str:
+    def named(axes: Sequence[str]) -> str:
+        return ", ".join(map(parallel.axis_name, axes))
+
     done = frame[frame["counts"]]
     at = f" at step {int(done['step'].iloc[0]):,}, their last" if len(done) else ""
-    same = [parallel.axis_name(axis) for axis in axes if axis not in varied]
     return (
-        f"FID over {common.counted(len(varied), 'axis').replace('axiss', 'axes')}: {len(done)} of "
-        f"{common.counted(len(searched), 'cell')} done{at}. "
-        + (f"Not varied so far: {', '.join(same)}. " if same else "")
-        + "(a) Each cell in the order of their start, and the lowest FID of those done so far. (b) FID against the "
-        "FLOPs of training, with the Pareto front of the cells done. (c) Importance of the axes. (d) One line a cell."
+        f"FID over {len(varied)} {'axis' if len(varied) == 1 else 'axes'}: {len(done)} of "
+        f"{common.counted(len(searched), 'cell')} done{at}; each is one seed, so there are no intervals. "
+        + (f"Not varied so far: {named(same)}. " if same else "")
+        + (f"Equal to another axis throughout: {named(twins)}. " if twins else "")
+        + "(a) The cells in order of their start, and the lowest FID of those done so far. (b) FID against the FLOPs "
+        "of training, with the Pareto front of the cells done. (c) Importance of the axes. (d) One line a cell"
+        + (", grey where it is not done." if len(done) < len(frame) else ".")
     )
 
 
@@ -245,8 +260,8 @@ def _best(frame: pd.DataFrame, axes: Sequence[str], cells: pd.DataFrame, everyth
     done = frame[frame["counts"]]
     if done.empty:
         return "No cell is done yet."
-    best = done.loc[done[SCORE].idxmin()]
-    point = ", ".join(f"{parallel.axis_name(a)} {value_text(best[a])}" for a in axes if not parallel.is_absent(best[a]))
+    best = done.nsmallest(1, SCORE).iloc[0]
+    point = ", ".join(f"{parallel.axis_name(a)} {value_text(best[a])}" for a in axes if not pd.isna(best[a]))
     text = f"Lowest: cell {best['number']} with FID {best[SCORE]:.2f} ({'; '.join([point, best['identity']])})"
     if len(done) == 1:
         return f"{text}, the only one."
@@ -285,67 +300,82 @@ def _importance_words(frame: pd.DataFrame, importance: dict[str, float] | None) 
 def draw(data: SearchData) -> Figure:
     """The figure: history, Pareto front and importance side by side, and parallel coordinates below."""
     frame = data.frame[np.isfinite(data.frame[SCORE])]
-    low, high, _ = style.score_limits(frame[SCORE], [], [])
+    done = frame[frame["counts"]]
+    # Cells are stopped at scores far above those of the others, and would press them flat.
+    low, high, _ = style.score_limits((done if len(done) else frame)[SCORE], [], [])
+    high = max(high, min(1.25 * high, frame[SCORE].max()))
+    above = frame[frame[SCORE] > high]
+    caption = data.caption
+    if len(above):
+        caption += (
+            f" At the upper edge of (a) and (b): {common.counted(len(above), 'cell')} with FID up to "
+            f"{above[SCORE].max():.3g}."
+        )
     with style.context():
-        figure, panels = style.panels(4, data.caption, size=PANEL, margin=0.6, share=False)
-        grid = panels[0].get_gridspec()
-        for panel in panels:
+        figure, panels = style.panels(4, caption, size=PANEL, margin=0.6, share=False)
+        for panel in panels:  # four equal ones, whose place three and a wide one take
             panel.remove()
-        upper = grid[0, :].subgridspec(1, 3)
+        grid = figure.add_gridspec(2, 1)
+        upper = grid[0].subgridspec(1, 3)
         history, pareto, importance = (figure.add_subplot(upper[0, i]) for i in range(3))
-        below = figure.add_subplot(grid[1, :])
-        _draw_history(history, frame)
-        _draw_pareto(pareto, frame)
-        for panel in (history, pareto):
-            style.score_axis(panel, low, high)
-            panel.set_ylabel(data.score_name)
+        below = figure.add_subplot(grid[1])
+        _draw_history(history, frame, (low, high))
+        _draw_pareto(pareto, frame, (low, high))
+        history.set_ylabel(data.score_name)
+        pareto.set_ylabel(data.score_name)
         floor = lines.draw_floor((history, pareto), data.floor)
         _draw_importance(importance, data)
         _draw_parallel(below, data, frame)
         for letter, panel in zip("abcd", (history, pareto, importance, below), strict=True):
-            panel.set_title(f"({letter})", loc="left", pad=30 if panel is below else 6)
+            panel.set_title(f"({letter})", loc="left", pad=28 if panel is below else 6)
         handles = [*_handles(frame), *floor]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
 
 
-def _looks(frame: pd.DataFrame) -> dict[tuple[str, str], style.Look]:
-    """(method, kind) → how its cells are drawn, in the order of the style."""
+def _by_look(frame: pd.DataFrame) -> list[tuple[style.Look, pd.DataFrame]]:
+    """The cells of each method and formulation, in the order of the style."""
     names = list(style.METHOD_NAMES)
-    pairs = sorted(set(zip(frame["method"], frame["kind"], strict=True)), key=lambda p: (names.index(p[0]), str(p[1])))
-    return {pair: style.look(*pair) for pair in pairs}
+    groups = [
+        (style.look(str(method), kind if isinstance(kind, str) else None), method, rows)
+        for (method, kind), rows in frame.groupby(["method", "kind"], dropna=False)
+    ]
+    groups.sort(key=lambda group: (names.index(group[1]) if group[1] in names else len(names), group[0].label))
+    return [(look, rows) for look, _, rows in groups]
 
 
-def _draw_cells(panel: Axes, frame: pd.DataFrame, x: str) -> None:
+def _draw_cells(panel: Axes, frame: pd.DataFrame, x: str, limits: tuple[float, float]) -> None:
     """The cells against a column: those that count filled, others faded, the lowest ringed."""
-    for (method, kind), look in _looks(frame).items():
-        rows = frame[(frame["method"] == method) & (frame["kind"] == kind)]
+    for look, rows in _by_look(frame):
         counts = rows[rows["counts"]]
         panel.plot(counts[x], counts[SCORE], look.marker, color=look.colour, markersize=4, zorder=3)
         for state, some in rows[~rows["counts"]].groupby("state"):
-            lines.draw_faded(panel, some[x], some[SCORE], str(state), look.colour, zorder=2.5)
+            lines.draw_faded(panel, some[x], some[SCORE].clip(*limits), str(state), look.colour, zorder=2.5)
     if frame["counts"].any():
-        best = frame.loc[frame.loc[frame["counts"], SCORE].idxmin()]
-        panel.plot(best[x], best[SCORE], "o", markersize=10, zorder=4, **RING)
+        best = frame[frame["counts"]].nsmallest(1, SCORE).iloc[0]
+        panel.plot(best[x], best[SCORE], "o", markersize=10, zorder=5, **RING)
+    style.score_axis(panel, *limits)
+    for line in panel.lines:  # what lies beyond is drawn at the edge, whole
+        line.set_clip_on(False)
 
 
-def _draw_history(panel: Axes, frame: pd.DataFrame) -> None:
+def _draw_history(panel: Axes, frame: pd.DataFrame, limits: tuple[float, float]) -> None:
     so_far = frame[frame["best_so_far"].notna()]
-    panel.plot(so_far["number"], so_far["best_so_far"], drawstyle="steps-post", color=LINE, linewidth=1.3, zorder=2)
-    _draw_cells(panel, frame, "number")
+    panel.plot(so_far["number"], so_far["best_so_far"], drawstyle="steps-post", color=BEST, linewidth=1.5, zorder=4)
+    _draw_cells(panel, frame, "number", limits)
     panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     panel.set_xlabel("cell, in order of start")
 
 
-def _draw_pareto(panel: Axes, frame: pd.DataFrame) -> None:
+def _draw_pareto(panel: Axes, frame: pd.DataFrame, limits: tuple[float, float]) -> None:
     frame = frame.assign(**{FLOPS: pd.to_numeric(frame[FLOPS])}).dropna(subset=[FLOPS])
     panel.set_xlabel("training FLOPs")
     if frame.empty:
         _say(panel, "no FLOPs recorded")
         return
     front = frame[frame["front"]].sort_values(FLOPS)
-    panel.plot(front[FLOPS], front[SCORE], drawstyle="steps-post", color=LINE, linewidth=1.3, zorder=2)
-    _draw_cells(panel, frame, FLOPS)
+    panel.plot(front[FLOPS], front[SCORE], drawstyle="steps-post", color=BEST, linewidth=1.5, zorder=4)
+    _draw_cells(panel, frame, FLOPS, limits)
     if frame[FLOPS].min() > 0 and frame[FLOPS].max() / frame[FLOPS].min() > parallel.DECADE:
         panel.set_xscale("log")
     else:
@@ -359,19 +389,21 @@ def _draw_importance(panel: Axes, data: SearchData) -> None:
         return
     names = [parallel.axis_name(axis) for axis in data.importance]
     panel.barh(names, list(data.importance.values()), color=LINE, height=0.65)
-    panel.invert_yaxis()
+    panel.set_ylim(max(len(names), 6) - 0.4, -0.6)
     panel.set_xlim(0, 1)
     panel.grid(axis="y", visible=False)
 
 
 def _draw_parallel(panel: Axes, data: SearchData, frame: pd.DataFrame) -> None:
     """Stopped cells below, then those that are done from high to low FID, so that the lowest lie on top."""
-    if not data.axes:
-        _say(panel, "no axis varies so far")
+    if len(data.axes) < 2:
+        _say(panel, "needs two axes that vary")
         return
     frame = frame.sort_values(["counts", SCORE], ascending=[True, False])
     done = frame.loc[frame["counts"], SCORE]
     low, high = (done.min(), done.max()) if len(done) else (0.0, 1.0)
+    if len(done) >= 10:  # a few bad cells would leave one colour to all others
+        high = done.quantile(0.9)
     norm = LogNorm(low, high) if low > 0 and high / low > parallel.DECADE else Normalize(low, high)
     looks = [
         {"color": COLOURS(norm(score)), "linewidth": 2.4 if score == low else 1.1, "zorder": 3, "alpha": 0.95}
@@ -381,7 +413,10 @@ def _draw_parallel(panel: Axes, data: SearchData, frame: pd.DataFrame) -> None:
     ]
     parallel.draw(panel, frame[data.axes], looks)
     if len(done):
-        bar = panel.figure.colorbar(ScalarMappable(norm, COLOURS), ax=panel, pad=0.01, fraction=0.03, aspect=18)
+        bar = panel.figure.colorbar(
+            ScalarMappable(norm, COLOURS), ax=panel, pad=0.01, fraction=0.03, aspect=18,
+            extend="max" if done.max() > high else "neither",
+        )  # fmt: skip
         bar.set_label(data.score_name)
         bar.ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         bar.ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -393,16 +428,17 @@ def _say(panel: Axes, words: str) -> None:
 
 
 def _handles(frame: pd.DataFrame) -> list[Line2D]:
-    looks = _looks(frame)
+    looks = [look for look, _ in _by_look(frame)]
     several = len(looks) > 1
     handles = [
         Line2D([], [], linestyle="", marker=look.marker, color=look.colour, markersize=4,
                label=look.label if several else "done")
-        for look in looks.values()
+        for look in looks
     ]  # fmt: skip
-    handles += lines.state_handles(frame[~frame["counts"]], LINE if several else next(iter(looks.values())).colour)
-    handles.append(Line2D([], [], color=LINE, linewidth=1.3, label="best so far, front"))
+    faded = frame.assign(seeds=frame["counts"].where(frame["counts"]))
+    handles += lines.state_handles(faded, LINE if several else looks[0].colour)
     if frame["counts"].any():
+        handles.append(Line2D([], [], color=BEST, linewidth=1.5, label="best so far; front"))
         handles.append(Line2D([], [], linestyle="", marker="o", markersize=10, label="lowest", **RING))
     return handles
 

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from analysis import axis, common, health, lines, style
 
-WORDS = {"drawn": "drawn in\n[σ$_{min}$, σ$_S$]", "student": "σ$_S$"}  # between the fixed ones and all of the student's noise
+WORDS = {"drawn": "drawn in\n[σ$_{min}$, σ$_S$]", "student": "σ$_S$"}  # σ_S: of the student's view
 
 
 def rank(value: Any) -> tuple[int, float]:
@@ -30,7 +30,7 @@ def rank(value: Any) -> tuple[int, float]:
 
 
 def label(value: Any) -> str:
-    return WORDS[value] if value in WORDS else f"{value:g}"
+    return WORDS.get(value) or f"{value:g}"
 
 
 QUESTION = axis.Question(
@@ -63,8 +63,8 @@ def draw_health(panel: Axes, rows: pd.DataFrame) -> None:
         own = look if strength == 1 else look._replace(marker="s", line="--")
         values = rows.join(axis.interval_columns(rows, [over.short], metric))
         colour = style.shade(look.colour, strength)
-        lines.draw_line(panel, over, values, own, colour, y=metric)
-        handles.append(Line2D([], [], color=colour, label=name, marker=own.marker, linestyle=own.line))
+        lines.draw_line(panel, over, values, own, colour, y=metric, shift=0.1 * (strength < 1))
+        handles.append(Line2D([], [], color=colour, label=name, **lines.marks(own)))
     handles.append(panel.axhspan(0, health.DEAD, color="#D9D9D9", zorder=0.5, label="dead"))
     panel.set_ylim(0, 1.35 * max(np.nanmax(rows[list(health.METRICS)]), 5 * health.DEAD))  # with room for the legend
     panel.legend(handles=handles, loc="upper center", ncols=3, columnspacing=1.2)

@@ -85,8 +85,7 @@ def read(sweep: str, tracking_uri: str | None = None, figures: Sequence[Path] | 
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for every grid
     cells, record = load_cells(sweep, tracking_uri), load_sweep(sweep, tracking_uri)
-    axes = record.tags.get("sddit.axes")
-    settings = collect(cells, json.loads(axes) if axes else None)
+    settings = collect(cells, record.axes)
     with open_record(sweep, tracking_uri) as (client, experiment), tempfile.TemporaryDirectory() as folder:
         only_cells, latest = "tags.`sddit.kind` = 'cell'", ["attributes.end_time DESC"]
         last = client.search_runs([experiment.experiment_id], only_cells, order_by=latest, max_results=1)
@@ -124,7 +123,7 @@ def render(report: Report) -> str:
         element("div", *(element("p", sentence) for sentence in answered), class_="answer"),
         section("Figures", *report.figures),
         section("Settings", _table(report)),
-        section("Health of the discriminative loss", report.health, bullets(collapsed)),
+        section("Health of the discriminative loss", report.health, bullets(collapsed, at_most=10)),
         section("Samples", samples),
         section("Cost", _cost(report)),
         section("Not done", _not_done(report)),

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import axis, common
-from analysis.axis import SCORE
+from analysis.common import SCORE
 from analysis.finals import DEFAULT_RATE, RATE
 
 COSTS = ("cost/images", "cost/flops", "cost/device_hours")  # beside steps; metrics to fetch

@@ -45,7 +45,7 @@ LABELS = ("DiT", DIT_EDM.label, "MaskDiT", "MDT", "SD-DiT")  # the order of figu
 
 
 def look(method: str, kind: str | None = None) -> Look:
-    """Of a method under a formulation ('edm', 'iddpm'; None, '': its published one), which the label names if unusual."""
+    """Of a method under a formulation ('edm', 'iddpm'; else its published one), which the label names if unusual."""
     unusual = method in METHOD_CONFIGS and bool(kind) and kind != METHOD_CONFIGS[method].published_kind  # type: ignore[attr-defined]
     if unusual and method == "dit":
         return DIT_EDM

@@ -6,7 +6,9 @@ Knows neither Tune nor Train: whoever calls it says how to report, which device 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,7 +61,7 @@ def _run(
     from sddit.methods import build_method
     from sddit.metrics import features
     from sddit.metrics.protocol import Protocol
-    from sddit.metrics.reference import of_manifest
+    from sddit.metrics.reference import Reference, noise_floor, of_manifest
     from sddit.tracking import CellRecord, NullRecord
     from sddit.training import diagnostics, distributed, loop
     from sddit.training.store import CheckpointStore
@@ -85,6 +87,15 @@ def _run(
         record.tag("sddit.reference_images", str(manifest.count))
     else:
         record = NullRecord(report)
+    source = of_manifest(manifest)
+
+    @functools.cache
+    def reference() -> Reference:
+        """Asked for at the first evaluation, which says what real images would score as well."""
+        floor = noise_floor(source, extractor, experiment.eval.samples)
+        record.tag("sddit.noise_floor", json.dumps(floor))
+        return source.load(extractor, metrics)
+
     store = CheckpointStore(spec.storage, fence=record.fence)
     method = build_method(experiment, manifest.shape, manifest.num_classes)
     sampler = BatchSampler(
@@ -102,7 +113,7 @@ def _run(
             store=store,
             reporter=record,
             extractor=extractor,
-            reference=lambda: of_manifest(manifest).load(extractor, metrics),
+            reference=reference,
             device=where,
             held_out=diagnostics.held_out_images(experiment, sampler),
             should_stop=lambda: record.stop_asked,

@@ -206,10 +206,10 @@ def _cell_table(runs: list[Run]) -> pd.DataFrame:
 def _results(
     client: MlflowClient, experiment: Experiment, runs: list[Run], cells: pd.DataFrame, metrics: Collection[str] | None
 ) -> pd.DataFrame:
-    """The table of `load_results`, of runs and their table of cells; of several points of one (run, metric, step) the first.
+    """The table of `load_results`, of runs and `_cell_table` of them.
 
-    Points carry timestamps computed from their step, so 'first' is the store's order where a value was recorded
-    twice: by timestamp, then step, then value.
+    Of several points of one (run, metric, step) the first is used. Points carry timestamps computed from their step,
+    so 'first' is the store's order where a value was recorded twice: by timestamp, then step, then value.
     """
 
     def wanted(key: str) -> bool:

@@ -26,12 +26,13 @@ ALLOWED = {
     "training": EVERYWHERE | {"methods", "models", "diffusion", "data", "metrics"},
     "tracking": EVERYWHERE,
     "results": EVERYWHERE,
+    "comparison": EVERYWHERE | {"results"},
     "checkpoints": EVERYWHERE | {"models", "training"},
     "cell": EVERYWHERE | {"training", "methods", "data", "metrics", "tracking"},
     "orchestration": EVERYWHERE | {"environment", "cell", "training", "data", "metrics", "tracking", "results"},
     "api": EVERYWHERE
     | {"cell", "training", "checkpoints", "methods", "models", "data", "metrics", "tracking", "results"},
-    "cli": EVERYWHERE | {"describe", "environment", "api", "training"},
+    "cli": EVERYWHERE | {"describe", "environment", "api", "training", "comparison"},
     "__init__": EVERYWHERE | {"api", "results"},
     "__main__": {"cli"},
 }

@@ -8,21 +8,24 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from pandas.testing import assert_frame_equal
+from recorded import Recorded
 
 from sddit.errors import TrackingError, UsageError
-from sddit.results import load_cells, load_results, load_sweep, parse_param
+from sddit.results import load_cells, load_results, load_sweep, parse_param, read_sweep
 
 START = 1_700_000_000_000  # ms; points are recorded at START + step, as the tracker does
 
 
 def add_cell(client, experiment, parent, *, ratio, seed, state, evaluations, steps=600):
     """A cell as the contract records it; `evaluations` maps steps to scores."""
-    from mlflow.entities import Metric
-
     identity = f"{int(ratio * 100):02d}{seed:02d}" + "ab12cd34"
     reached = max(evaluations, default=0)
     tags = {
@@ -57,9 +60,6 @@ def add_cell(client, experiment, parent, *, ratio, seed, state, evaluations, ste
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Address of a store with the sweeps 'whole', 'ragged' and 'repeated'; 'deleted' was one."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
     client = MlflowClient(uri)
 
@@ -135,6 +135,158 @@ def test_parent_run(store):
     record = load_sweep("whole", store)
     assert record.tags["sddit.question"] == "Does masking pay?"
     assert record.run_id not in set(load_cells("whole", store)["run_id"])
+
+
+def test_one_search_gives_what_three_give(store):
+    for sweep in ("whole", "ragged"):
+        table, cells, record = read_sweep(sweep, store, metrics=["train/loss"])
+        assert_frame_equal(table, load_results(sweep, store, metrics=["train/loss"]))
+        assert_frame_equal(cells, load_cells(sweep, store))
+        assert record == load_sweep(sweep, store) and record.axes == []
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return Recorded(tmp_path_factory.mktemp("recorded"))
+
+
+def test_a_sweep_without_evaluations_is_an_empty_table(recorded):
+    recorded.sweep("empty", axes=["system", "method.mask_ratio"])
+    table, cells, parent = read_sweep("empty", recorded.uri)
+    assert len(table) == len(cells) == 0 and "state" in table and parent.axes == ["system", "method.mask_ratio"]
+    recorded.cell("empty", scores={"train/loss": {5: 1.0}}, state="running")
+    table, cells, _ = read_sweep("empty", recorded.uri)
+    assert len(table) == 0 and "method.name" in table and len(cells) == 1
+
+
+def test_axes_that_are_no_field_are_columns(recorded):
+    recorded.sweep("named")
+    points = [
+        {"system": "DiT (EDM)", "lr": "x0.5", "method.mask_ratio": 0.9},
+        {"system": "MDT", "lr": 2, "state": "taken"},
+        {},  # as an older version recorded it
+    ]
+    for seed, point in enumerate(points):
+        recorded.cell("named", seed=seed, point=point, scores={"eval/fid": {600: 20.0}})
+    table, cells, _ = read_sweep("named", recorded.uri)
+    table, cells = table.set_index("seed").sort_index(), cells.set_index("seed").sort_index()
+    assert list(table["system"])[:2] == ["DiT (EDM)", "MDT"] and pd.isna(table["system"][2])
+    assert list(table["lr"])[:2] == ["x0.5", 2]
+    assert set(table["state"]) == {"done"} and table.columns.is_unique
+    assert [params.get("system") for params in cells["params"]] == ["DiT (EDM)", "MDT", None]
+    assert cells["params"][0]["method.mask_ratio"] == 0.2, "the field is the experiment's, not the tag's"
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+@pytest.fixture
+def cached(recorded, tmp_path, monkeypatch):
+    """Reads a sweep with a done, a pruned, a failed and a running cell (`cached.runs`) by a cache of its own."""
+    monkeypatch.setenv("SDDIT_CACHE", str(tmp_path / "cache"))
+    sweep = tmp_path.name
+    recorded.sweep(sweep)
+
+    def read(*metrics, **options):
+        table = load_results(sweep, recorded.uri, **({"metrics": metrics} | options))
+        return table.sort_values(["seed", "step"], ignore_index=True)
+
+    read.folder = tmp_path / "cache" / "results"
+    read.runs = {
+        state: recorded.cell(sweep, seed=seed, state=state, scores={
+            "eval/fid": {300: 60.0 + seed, 600: 20.0 + seed}, "train/loss": {300: 0.5, 450: 0.4, 600: 0.3},
+            "cost/flops": {300: 1e9, 600: 2e9},
+        })
+        for seed, state in enumerate(("done", "pruned", "failed", "running"))
+    }  # fmt: skip
+    return read
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(run id, metric) of each history that is asked for."""
+
+    pairs, real = [], MlflowClient.get_metric_history
+
+    def ask(self, run_id, key):
+        pairs.append((run_id, key))
+        return real(self, run_id, key)
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", ask)
+    return pairs
+
+
+def test_histories_of_finished_runs_are_read_once(cached, asked):
+    first = cached()
+    assert {run for run, _ in asked} == set(cached.runs.values()) and {key for _, key in asked} == {"eval/fid"}
+    asked.clear()
+    assert_frame_equal(cached(), first)
+    assert {run for run, _ in asked} == {cached.runs["failed"], cached.runs["running"]}
+    assert len(list(cached.folder.iterdir())) == 1
+
+
+def test_more_metrics_than_are_cached(cached, asked):
+    cached()
+    asked.clear()
+    table = cached(metrics=None)
+    assert {key for run, key in asked if run == cached.runs["done"]} == {"train/loss", "cost/flops"}
+    assert list(table.columns[-3:]) == ["cost/flops", "eval/fid", "train/loss"]
+    assert list(table["train/loss"]) == [0.5, 0.3] * 4, "points between the evaluations are left out"
+    asked.clear()
+    assert_frame_equal(cached(metrics=None), table)
+    assert_frame_equal(cached("cost/flops"), table.drop(columns="train/loss"))
+    assert cached.runs["done"] not in {run for run, _ in asked}
+
+
+def test_a_cell_that_was_extended_is_read_anew(cached, asked, recorded):
+    cached()
+    run = cached.runs["done"]
+    recorded.client.log_batch(run, [Metric("eval/fid", 10.0, START + 900, 900)])
+    recorded.client.set_tag(run, "sddit.step", "900")
+    recorded.client.set_terminated(run)
+    asked.clear()
+    table = cached()
+    assert list(table["eval/fid"])[:3] == [60.0, 20.0, 10.0]
+    assert (run, "eval/fid") in asked and cached.runs["pruned"] not in {run for run, _ in asked}
+    asked.clear()
+    assert_frame_equal(cached(), table)
+    assert run not in {run for run, _ in asked}
+
+
+def test_points_recorded_twice_are_told_from_the_cache_too(cached, asked, recorded):
+    recorded.client.log_batch(cached.runs["done"], [Metric("eval/fid", 99.0, START + 9_000, 300)])
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 points were recorded twice, e.g. eval/fid at step 300"):
+            assert list(cached()["eval/fid"])[:2] == [60.0, 20.0]
+    assert asked.count((cached.runs["done"], "eval/fid")) == 1
+
+
+def test_a_cache_that_cannot_serve_is_no_error(cached):
+    expected = cached()
+    (file,) = cached.folder.iterdir()
+    whole = file.read_bytes()
+    for content in (b"", whole[:-100], b"not parquet at all"):
+        file.write_bytes(content)
+        assert_frame_equal(cached(), expected)
+        assert file.read_bytes() == whole, "it is written anew"
+    pd.DataFrame({"other": [1]}).to_parquet(file)
+    assert_frame_equal(cached(), expected)
+    file.unlink()
+    cached.folder.rmdir()
+    cached.folder.write_text("in the way")
+    assert_frame_equal(cached(), expected)
+
+
+def test_readers_side_by_side_leave_one_whole_file(cached):
+    expected = cached(metrics=None)
+    (file,) = cached.folder.iterdir()
+    file.unlink()
+    with ThreadPoolExecutor(4) as pool:
+        asking = [(), ["train/loss"], ["cost/flops"], None] * 3
+        tables = list(pool.map(lambda metrics: cached(metrics=metrics), asking))
+    assert all(list(table["eval/fid"]) == list(expected["eval/fid"]) for table in tables)
+    assert list(cached.folder.iterdir()) == [file]
+    assert_frame_equal(cached(metrics=None), expected)
 
 
 def test_unknown_and_deleted_sweeps(store):

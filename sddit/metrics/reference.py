@@ -5,6 +5,7 @@
         spatial    of the spatial layer, for sFID
         subset     float32 (n, d): features of at most 10,000 of the images, for precision, recall and KID
         about      JSON: what it was built from
+    <cache>/reference/<key>-noise-<samples>.json    the FID that so many real images have (`noise_floor`)
 
 A file has what was asked for so far, and grows. The ADM suite's published files (`mu`, `sigma`, `mu_s`, `sigma_s`,
 `arr_0`) serve as they are.
@@ -18,7 +19,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ from sddit.errors import DataError, UsageError
 from sddit.metrics.features import DIGITS_CNN, INCEPTION
 from sddit.metrics.images import Images, Shape, has_images, npz_arrays, open_images
 from sddit.metrics.protocol import METRICS
-from sddit.metrics.statistics import Moments
+from sddit.metrics.statistics import Moments, frechet_distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 BATCH = 256  # images at once
+DRAWS = 5  # behind the noise floor
 SUBSET = 10_000  # images behind precision, recall and KID, as in the ADM suite's files
 DEFAULT_EXTRACTORS = {"digits": DIGITS_CNN}  # by the data set's name; INCEPTION for all others
 # What a metric needs of a reference; the Inception score needs none.
@@ -74,6 +76,7 @@ class Source:
     name: str  # for messages
     images: Images | None = None
     digest: str | None = None  # of a data set: its manifest knows it
+    read: Callable[[np.ndarray], np.ndarray] | None = None  # images at sorted indices, where not all need be read
     statistics: Mapping[str, Gaussian] = field(default_factory=dict)  # of Inception: by part
     built: Path | None = None  # a file that `sddit reference` made ...
     about: Mapping[str, Any] = field(default_factory=dict)  # ... and what it says of itself
@@ -215,11 +218,15 @@ def of_manifest(manifest: Manifest) -> Source:
     """A data set as a reference."""
     shards = Shards(manifest)
 
+    def read(indices: np.ndarray) -> np.ndarray:
+        return shards.read(indices)[0]
+
     def batches(size: int) -> Iterator[np.ndarray]:
         for lo in range(0, len(shards), size):
-            yield shards.read(np.arange(lo, min(lo + size, len(shards))))[0]
+            yield read(np.arange(lo, min(lo + size, len(shards))))
 
-    return Source(manifest.name, Images(manifest.name, manifest.count, manifest.shape, batches), manifest.digest)
+    images = Images(manifest.name, manifest.count, manifest.shape, batches)
+    return Source(manifest.name, images, manifest.digest, read)
 
 
 def build_reference(source: Source, extractor: Extractor, metrics: Sequence[str]) -> dict[str, Any]:
@@ -245,6 +252,70 @@ def build_reference(source: Source, extractor: Extractor, metrics: Sequence[str]
     except OSError as error:
         raise DataError(f"Cannot write to {path.parent}: {error}. Set SDDIT_CACHE to a folder that can be.") from error
     return {**about, "path": str(path), "bytes": path.stat().st_size}
+
+
+# ------------------------------------------------------------------------------------------------------ the noise floor
+
+
+def noise_floor(source: Source, extractor: Extractor, samples: int) -> dict[str, Any]:
+    """FID of `samples` real images, drawn with replacement, against all images of `source`: what a sampler would get
+    that is as good as the data, since FID falls with the number of samples.
+
+    The draws depend on nothing but the number of images and of samples. Kept in the cache beside the statistics.
+    Memory: one batch, and d² numbers for each draw. Only images that are drawn go through the extractor.
+
+    Returns:
+        'mean' and 'sd' over the draws, and 'draws', how many there are.
+
+    Raises:
+        UsageError: there are only statistics of the images, or fewer than two samples.
+        DataError: images that cannot be read.
+    """
+    if source.images is None or source.statistics:
+        raise UsageError(f"{source.name} does not hold all images of the reference. Draw from a data set or a folder.")
+    digest = source.digest or _digest_of(source.images)
+    path = _path(digest, extractor)
+    path = path.with_name(f"{path.stem}-noise-{samples}.json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn: compute it
+        kept = json.loads(path.read_text())
+        if kept["draws"] == DRAWS:
+            return {"mean": float(kept["mean"]), "sd": float(kept["sd"]), "draws": DRAWS}
+    real = source.load(extractor, ["fid"]).moments
+    assert real is not None
+    drawn = [np.sort(_draw(i, samples, source.images.count)) for i in range(DRAWS)]
+    moments = [Moments(extractor.dim) for _ in drawn]
+    for indices, images in _read(source, np.unique(drawn)):
+        features = extractor(as_tensor(images)).cpu().numpy()
+        for indices_drawn, seen in zip(drawn, moments, strict=True):
+            lo, hi = np.searchsorted(indices_drawn, [indices[0], indices[-1] + 1])
+            seen.update(features[np.searchsorted(indices, indices_drawn[lo:hi])])
+    scores = [frechet_distance(seen.mean, seen.covariance(), *real) for seen in moments]
+    floor = {"mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1)), "draws": DRAWS}
+    try:
+        _replace(path, lambda part: part.write_text(json.dumps(floor)))
+    except OSError as error:
+        log.warning("The noise floor was not kept in %s: %s. Set SDDIT_CACHE to keep it.", path.parent, error)
+    return floor
+
+
+def _draw(draw: int, samples: int, count: int) -> np.ndarray:
+    return np.minimum((seeding.uniform(0, "noise-floor", draw, 0, samples) * count).astype(np.int64), count - 1)
+
+
+def _read(source: Source, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images at `wanted` indices (sorted), batch by batch, each with its indices."""
+    assert source.images is not None
+    if source.read:
+        for lo in range(0, len(wanted), BATCH):
+            indices = wanted[lo : lo + BATCH]
+            yield indices, source.read(indices)
+        return
+    first = 0
+    for batch in source.images.batches(BATCH):
+        indices = wanted[(wanted >= first) & (wanted < first + len(batch))]
+        if len(indices):
+            yield indices, batch[indices - first]
+        first += len(batch)
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -296,16 +367,21 @@ def _keep(
         "extractor_digest": extractor.digest,
         "parts": sorted(arrays),
     }
-    part = path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.npz")
+    _replace(path, lambda part: np.savez(part, about=np.array(json.dumps(about)), **arrays))  # type: ignore[arg-type]
+    return about
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file of the cache in one go, or leaves it as it was and raises OSError."""
+    part = path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        write(part)
         part.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    return about
 
 
 def _compute(images: Images, extractor: Extractor, parts: set[str]) -> dict[str, np.ndarray]:

@@ -69,7 +69,6 @@ class Driver:
         }
         outcomes = self._outcomes() if job.searches or job.flags.asha else []
         waiting = [p.cell.point for p in self.missing]
-        waiting += [point for point in job.first if point not in [p.cell.point for p in self.planned]]
         study = searcher.build_study(
             job.space, choices, outcomes if job.searches else [], waiting,
             with_cost=job.flags.objective == "fid,cost",

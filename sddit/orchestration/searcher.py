@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,7 @@ def build_study(
         journal: where to write the study, for Optuna's dashboard; what was there is replaced.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`, and names of the objectives
     outcomes = [o for o in outcomes if o.fid and o.state in ("done", "pruned")]
     digest = hashlib.blake2b(f"{seed}/{len(outcomes)}".encode(), digest_size=4).digest()
     sampler = optuna.samplers.TPESampler(
@@ -61,7 +63,6 @@ def build_study(
         multivariate=True,
         group=True,
         constant_liar=True,
-        warn_independent_sampling=False,
     )
     storage = None
     if journal:

@@ -263,7 +263,7 @@ def run(sweep: Sweep, flags: Flags) -> int:
     from sddit.orchestration.speed import Speeds
 
     check_environment()
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = make_console()
     job = resolve(sweep, flags)
     check_inputs(job)
     if flags.plan:
@@ -294,6 +294,14 @@ def run(sweep: Sweep, flags: Flags) -> int:
     return 1 if failed else 0
 
 
+def make_console() -> Console:
+    """For tables and long lines: a terminal folds them as wide as it is, a file takes them whole."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
 def check_inputs(job: Job) -> None:
     """What would fail cells is found here: how they are evaluated, and the right to write."""
     from sddit.data import open_manifest
@@ -316,7 +324,7 @@ def look_up(job: Job, record: SweepRecord | None = None) -> list[Planned]:
     """
     from sddit import results
 
-    recorded, parent = pd.DataFrame(columns=results.CELL_COLUMNS), {}
+    flags, recorded, parent = job.flags, pd.DataFrame(columns=results.CELL_COLUMNS), {}
     if record is not None or job.name in results.sweep_names(job.uri):
         recorded = results.load_cells(job.name, job.uri)
         parent = results.load_sweep(job.name, job.uri).tags
@@ -334,10 +342,13 @@ def look_up(job: Job, record: SweepRecord | None = None) -> list[Planned]:
     if job.searches:
         earlier = recorded[recorded["seed"] < FRESH_SEED] if len(recorded) else recorded
         job.cells = [job.space.cell(plan.point_of(row, job.axes), row["seed"]) for row in earlier.to_dict("records")]
+        first = [job.space.cell(point, seed=0) for point in job.first]
+        new = [cell for cell in first if cell.identity not in {c.identity for c in job.cells}]
+        job.cells += new[: max(0, (flags.trials or 0) - len(job.cells))]
     planned = plan.plan(job.cells, recorded)
-    if job.flags.confirm:
-        best = plan.best_point(planned, lambda p: p in missing_of(planned, job.flags))
-        fresh = [job.space.cell(best, FRESH_SEED + i) for i in range(job.flags.confirm)]
+    if flags.confirm:
+        best = plan.best_point(planned, lambda p: p in missing_of(planned, flags))
+        fresh = [job.space.cell(best, FRESH_SEED + i) for i in range(flags.confirm)]
         job.cells = [*job.cells, *fresh]
         planned += plan.plan(fresh, recorded)
     return planned

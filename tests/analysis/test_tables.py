@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from recorded import Recorded
 from scipy import stats
 
 from analysis import common, finals, markup, paper, table1, table2, tables
 from sddit import presets
+from sddit.config import FRESH_SEED
 from sddit.errors import SdditError, UsageError
-from sddit.metrics.protocol import Protocol
 from sddit.results import load_cells, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
-START = 1_700_000_000_000  # ms
 STEPS = (200, 400, 600)
+EDM = {"diffusion.kind": "edm"}
 FLOPS_PER_IMAGE = {"dit": 10.0, "maskdit": 15.0, "mdt": 20.0, "sddit": 25.0}
 
 
@@ -32,64 +33,69 @@ def fid(method, seed, step):
     return 100 * len(method) + 10 * seed + abs(step - 400) / 100
 
 
-def protocol_of(experiment, images=1797):
-    return Protocol.from_experiment(experiment, "digest-of-the-data", "digest", reference_images=images)
-
-
-def add_cell(sweep, method, seed=0, *, state="done", steps=STEPS, scores=("fid",), changes=(), images=1797, **tags):
-    """A cell with all its params, as the tracker records it."""
-    from mlflow.entities import Metric, Param
-
-    client, experiment_id, parent = sweep
-    experiment = presets.digits(method=method).replace({"seed": seed, **dict(changes)})
-    protocol = protocol_of(experiment, images)
-    tags = {
-        "mlflow.parentRunId": parent, "sddit.kind": "cell", "sddit.identity": experiment.identity("data"),
-        "sddit.state": state, "sddit.steps": "600", "sddit.step": str(max(steps, default=0)),
-        "sddit.protocol": protocol.digest, "sddit.protocol.text": protocol.describe(), "sddit.code": "0123456789",
-        "sddit.data": experiment.data.path, "sddit.reference_images": str(images),
-    } | tags  # fmt: skip
-    run = client.create_run(experiment_id, start_time=START, tags=tags).info.run_id
-    client.log_batch(run, params=[Param(k, str(v)) for k, v in experiment.digest_fields().items()])
-    points = [(f"eval/{score}", fid(method, seed, step) / (i + 1), step) for i, score in enumerate(scores)
-              for step in steps]  # fmt: skip
-    points += [("cost/flops", FLOPS_PER_IMAGE[method] * 64 * step, step) for step in steps]
-    client.log_batch(run, [Metric(name, value, START + step, step) for name, value, step in points])
+def add_cell(record, sweep, method, seed=0, *, steps=STEPS, scores=("fid",), found=None, **options):
+    """A cell of the digits preset; `found` are further metrics at its last step."""
+    points = {
+        f"eval/{score}": {step: fid(method, seed, step) / (i + 1) for step in steps} for i, score in enumerate(scores)
+    }
+    points["cost/flops"] = {step: FLOPS_PER_IMAGE[method] * 64 * step for step in steps}
+    points |= {name: {max(steps): value} for name, value in (found or {}).items()}
+    return record.cell(sweep, method, seed=seed, scores=points, **options)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Address of a store with the sweeps 'convergence' (done, three seeds), 'half', 'mixed' and 'started'."""
-    from mlflow import MlflowClient
-
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    client = MlflowClient(uri)
-
-    def sweep(name):
-        experiment = client.create_experiment(name)
-        return client, experiment, client.create_run(experiment, tags={"sddit.kind": "sweep"}).info.run_id
-
-    whole = sweep("convergence")
+    """Address of a store with the sweeps 'convergence' (done, three seeds), 'half', 'mixed', 'started' and others."""
+    record = Recorded(tmp_path_factory.mktemp("store"))
+    for name in ("convergence", "half", "mixed", "many", "started"):
+        record.sweep(name)
     for method in FLOPS_PER_IMAGE:
         for seed in range(3):
-            add_cell(whole, method, seed, scores=("fid", "sfid") if method == "sddit" else ("fid",))
-    add_cell(whole, "dit", changes={"diffusion.kind": "edm"}.items())
-    half = sweep("half")
-    add_cell(half, "sddit")
-    add_cell(half, "sddit", 1, state="pruned", steps=STEPS[:1])
-    add_cell(half, "sddit", 2, state="running", steps=STEPS[:2])
-    add_cell(half, "sddit", 3, state="failed", steps=())
-    add_cell(half, "sddit", 4, steps=STEPS[:2])
-    add_cell(half, "sddit", 5, **{"sddit.step": "800"})  # its last evaluation is missing
-    mixed = sweep("mixed")
-    add_cell(mixed, "dit")
-    add_cell(mixed, "sddit", **{"sddit.protocol": "other"})
-    add_cell(mixed, "mdt", state="pruned", **{"sddit.protocol": "a third, of no final score"})
-    many = sweep("many")
+            add_cell(record, "convergence", method, seed, scores=("fid", "sfid") if method == "sddit" else ("fid",))
+    add_cell(record, "convergence", "dit", changes=EDM)
+    add_cell(record, "half", "sddit")
+    add_cell(record, "half", "sddit", 1, state="pruned", steps=STEPS[:1])
+    add_cell(record, "half", "sddit", 2, state="running", steps=STEPS[:2])
+    add_cell(record, "half", "sddit", 3, state="failed", steps=())
+    add_cell(record, "half", "sddit", 4, steps=STEPS[:2])
+    add_cell(record, "half", "sddit", 5, step="800")  # its last evaluation is missing
+    add_cell(record, "mixed", "dit")
+    add_cell(record, "mixed", "sddit", protocol="other")
+    add_cell(record, "mixed", "mdt", state="pruned", protocol="a third, of no final score")
     for i in range(3):
-        add_cell(many, "sddit", changes={"method.mask_ratio": i / 10}.items())
-    add_cell(sweep("started"), "sddit", state="running", steps=())
-    return uri
+        add_cell(record, "many", "sddit", changes={"method.mask_ratio": i / 10})
+    add_cell(record, "started", "sddit", state="running", steps=())
+    record.sweep("components", axes=("component",))
+    for component, changes in (("full", {}), ("no mask", {"method.mask_ratio": 0.0, "method.lambda_d": 0.0})):
+        add_cell(record, "components", "sddit", point={"component": component}, changes=changes)
+    add_rates(record)
+    add_diagnosed(record)
+    return record.uri
+
+
+def add_rates(record):
+    """The sweep 'rates': SD-DiT and DiT under EDM at three learning rates, of which one lacks a seed."""
+    record.sweep("rates", axes=("system", "lr"))
+    for system, method, changes in (("SD-DiT", "sddit", {}), ("DiT (EDM)", "dit", EDM)):
+        for rate in ("x1", "x0.5", "x2"):
+            factor = float(rate[1:])
+            for seed in range(2 if rate == "x2" else 3):
+                best = 1 if method == "dit" else 0.5
+                score = 20 + seed - 5 * (factor == best) - 10 * (rate == "x2")
+                point = {"system": system, "lr": rate}
+                record.cell(
+                    "rates", method, seed=seed, point=point, changes={**changes, "train.lr": 7e-3 * factor},
+                    scores={"eval/fid": {600: score}, "cost/flops": {600: 1e6}},
+                )  # fmt: skip
+
+
+def add_diagnosed(record):
+    """The sweep 'diagnosed': what is found at the last step, a noise floor, and a fresh seed."""
+    record.sweep("diagnosed")
+    for seed in (0, 1, FRESH_SEED):
+        found = {"probe/accuracy_sigma_0.5": 0.9 + seed / 100, "copying/ratio": 1.0, "eval/fid_seeds_std": 1.25}
+        add_cell(record, "diagnosed", "sddit", seed, found=found, noise_floor={"mean": 3.0, "sd": 1.1, "draws": 5})
+    add_cell(record, "diagnosed", "dit")
 
 
 def collected(store, sweep, table=table1.TABLE, **options):
@@ -143,8 +149,8 @@ def test_unfinished_cells_are_never_finals(store):
 def test_provenance_names_the_protocol(store):
     remark, samplers, *_ = collected(store, "convergence").remarks
     assert "dpmpp, 19 steps, power:6.94 (DiT-S/2, MDT-S/2); heun, 10 steps, power:6.94 (DiT-S/2 (EDM), " in samplers
-    protocol = protocol_of(presets.digits())
-    for part in ("13 cells, never the best", "n=1 has no interval", f"Protocol {protocol.digest} (", "Batch size 64."):
+    digest = load_cells("convergence", store).loc[0, "protocol"]
+    for part in ("13 cells, never the best", "n=1 has no interval", f"Protocol {digest} (", "Batch size 64."):
         assert part in remark
 
 
@@ -183,6 +189,77 @@ def test_table_2_shows_the_scores_there_are(store):
     assert any("Not scored in this sweep: is, precision, recall." in remark for remark in data.remarks)
     few = frame.iloc[4].to_dict() | {"sfid_seeds": 2}
     assert tables._scored(few, "sfid", "").endswith(" (n=2)")
+
+
+# ---------------------------------------------------------------------------------------------------- learning rates
+
+
+def test_the_default_rate_and_the_best(store):
+    data = collected(store, "rates")
+    frame = ours(data)
+    assert list(frame["model"] + "|" + frame["settings"]) == [
+        "DiT-S/2 (EDM)|", "SD-DiT-S/2|", "SD-DiT-S/2|lr x0.5, best of 2"
+    ]  # fmt: skip
+    np.testing.assert_allclose(frame["fid"], [16, 21, 16])
+    assert list(frame["notes"]) == ["", "", finals.PICKED]
+    text = tables.as_text(data)
+    assert text.rows[2][1] == "SD-DiT-S/2, lr x0.5, best of 2" and text.rows[2][-1] == "a"
+    assert f"a: {finals.PICKED}" in text.notes
+    remarks = " ".join(data.remarks)
+    assert "the last step of 9 of 16 cells" in remarks
+    assert "Not shown: 7 cells at learning rates that are neither a system's default nor its best." in remarks
+
+
+def test_without_a_default_rate_there_is_no_row(store):
+    results, cells = load_results("rates", store), load_cells("rates", store)
+    done = results[(results["lr"] != "x1") | (results["system"] == "SD-DiT")]
+    assert set(ours(tables.collect(table1.TABLE, done, cells))["method"]) == {"sddit"}
+    data = tables.collect(table1.TABLE, results[results["lr"] == "x2"], cells)
+    assert ours(data).empty and "16 cells recorded, none done with a score at the default learning rate" in data.lead
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [({}, None), ({"x2": {0: 1.0}}, None), ({"x1": {0: 3.0}, "x2": {0: 3.0}}, ("x1", 2)),
+     ({"x1": {0: 3.0, 1: 3.0}, "x2": {0: 4.0, 1: 1.0}}, ("x2", 2)),
+     ({"x1": {0: 3.0, 1: 3.0}, "x2": {0: 1.0}, "x0.5": {0: 1.0, 2: 1.0}}, ("x1", 1))],
+)  # fmt: skip
+def test_a_rate_is_picked_among_those_with_the_same_seeds(scores, best):
+    assert finals.best_rate(scores) == best
+
+
+def test_a_named_axis_stands_for_the_fields_it_sets(store):
+    assert list(ours(collected(store, "components"))["settings"]) == ["component full", "component no mask"]
+
+
+# ------------------------------------------------------------------------------------------------------ diagnostics
+
+
+def test_diagnostics_are_shown_where_they_are_recorded(store):
+    results, cells = tables.read(table1.TABLE, "diagnosed", store)
+    data = tables.collect(table1.TABLE, results, cells)
+    frame = ours(data)
+    assert list(frame["probe_seeds"]) == [0, 2]
+    np.testing.assert_allclose(frame.loc[1, ["probe", "copying", "sampling_sd"]].astype(float), [0.905, 1, 1.25])
+    text = tables.as_text(data)
+    assert text.head[11:14] == ["probe ↑", "copying", "FID sd"]
+    assert text.rows[0][11:14] == ["–", "–", "–"] and text.rows[1][11:14] == [
+        "0.905 ± 0.064",
+        "1.00 ± 0.00",
+        "1.25 ± 0.00",
+    ]
+    remarks = " ".join(data.remarks)
+    for part in ("Probe: accuracy", "Copying: median", "FID sd: sampling noise", "Noise floor", "FID 3 ± 1.1"):
+        assert part in remarks
+    assert "probe ↑" not in tables.as_text(collected(store, "convergence")).head
+    assert "Probe:" not in " ".join(collected(store, "diagnosed", table2.TABLE).remarks)
+
+
+def test_fresh_seeds_are_left_out(store):
+    data = collected(store, "diagnosed")
+    assert list(ours(data)["seeds"]) == [1, 2]
+    assert "Not shown: 1 cell of fresh seeds (1000 and on)." in data.remarks
+    assert not any("None" in remark or "Not shown: 1 cell (" in remark for remark in data.remarks)
 
 
 # ---------------------------------------------------------------------------------------------------- comparability

@@ -13,6 +13,11 @@ ROOT = Path(__file__).parents[2]
 MASK_RATIO = str(ROOT / "sweeps" / "mask_ratio.py")
 
 
+def script(name):
+    """The file of a sweep."""
+    return str(ROOT / "sweeps" / f"{name}.py")
+
+
 def environment(**changes):
     """That of a fresh shell: what the tests' own process set for Ray must not hide what a command sets itself."""
     ours = ("RAY_", "TUNE_", "MLFLOW_", "OMP_")

@@ -1,6 +1,8 @@
 """Whatever happens to a sweep, the same command finishes it, and the result is that of an undisturbed one."""
 
+import contextlib
 import os
+import random
 import re
 import signal
 import sqlite3
@@ -77,6 +79,48 @@ def test_the_driver_is_killed(after, undisturbed, tmp_path):
     for identity, step in re.findall(r"\((\w{12})\): running, step (\d+)/160", again.output):
         steps.setdefault(identity, int(step))
     assert max(steps.values()) >= int(after.split()[1].split("/")[0]), "it goes on from a checkpoint"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+# Seeds of random moments and victims; CI takes three, `SDDIT_KILLS=20` the rest.
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SDDIT_KILLS", "3"))))
+def test_a_kill_at_a_random_moment_changes_nothing(seed, undisturbed, tmp_path):
+    draw = random.Random(seed)
+    running = Running(*command(), cwd=tmp_path)
+    victim = ("driver", "worker", "everything")[seed % 3]
+    if victim == "worker":
+        running.wait_for("step 0/160")
+    time.sleep(draw.uniform(0, 25))
+    if running.process.poll() is None:
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        trials = [p for p in family if p.name().startswith("ray::ImplicitFunc")]
+        for process in {"driver": [], "worker": trials[:1], "everything": family}[victim]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if victim != "worker":
+            running.kill()
+        elif running.wait() != 0:
+            assert "Traceback" not in running.output, running.output
+    again = Running(*command(), cwd=tmp_path)
+    assert again.wait() == 0, f"{victim}\n{running.output}\n{again.output}"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_budget_stops_softly_and_a_larger_one_goes_on(undisturbed, tmp_path):
+    running = Running(*command("--budget-hours", "0.004", "--price", "2"), cwd=tmp_path)
+    assert running.wait() == 0, running.output
+    assert "Budget used: 0.00" in running.output and "of 0.004 device-hours" in running.output
+    assert "larger --budget-hours" in no_traceback(running.output)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    cells = results.load_cells("mask_ratio", uri)
+    assert set(cells["state"]) == {"running"} and (cells["step"] < 160).all()
+    assert cells["tags"].map(lambda tags: float(tags["sddit.device_hours"]) > 0).any()
+    stored = [int(p.name.removeprefix("step-")) for p in (tmp_path / "runs").glob("*/*/step-*")]
+    assert any(step % 40 for step in stored), "it stopped between evaluations, after a checkpoint"
+    spent = Running(*command("--budget-hours", "0.004"), cwd=tmp_path)
+    assert spent.wait() == 0 and "Budget used" in spent.output and "Concurrency" not in spent.output
+    again = Running(*command("--budget-hours", "1"), cwd=tmp_path)
+    assert again.wait() == 0, again.output
     assert_as_undisturbed(tmp_path, undisturbed)
 
 

@@ -1,5 +1,6 @@
 """What samples are scored against: the cache, the ADM suite's files, and what `sddit reference` builds."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,8 +14,16 @@ from sddit.errors import DataError, UsageError
 from sddit.metrics import reference
 from sddit.metrics.features import get_extractor
 from sddit.metrics.images import images_in
-from sddit.metrics.reference import PARTS, Source, build_reference, of_manifest, open_reference, subset_indices
-from sddit.metrics.statistics import Moments
+from sddit.metrics.reference import (
+    PARTS,
+    Source,
+    build_reference,
+    noise_floor,
+    of_manifest,
+    open_reference,
+    subset_indices,
+)
+from sddit.metrics.statistics import Moments, frechet_distance
 
 DIGITS = Shards(open_manifest("digits")).read(np.arange(1797))[0]  # (1797, 1, 8, 8)
 ALL = tuple(PARTS)
@@ -134,6 +143,55 @@ def test_a_subset_is_fixed_and_does_not_depend_on_batches(cache, monkeypatch):
     monkeypatch.setenv("SDDIT_CACHE", str(cache / "another"))
     together = digits().load(extractor, ["fid", "kid"]).subset
     np.testing.assert_allclose(together, expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ the noise floor
+
+
+def test_noise_floor_of_digits_is_kept(cache, monkeypatch):
+    extractor = get_extractor("digits-cnn")
+    floor = noise_floor(digits(), extractor, 1024)
+    assert 2 < floor["mean"] < 4 and 0 < floor["sd"] < 0.5 and floor["draws"] == 5
+    (file,) = (cache / "reference").glob("*-noise-1024.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "Moments", None)  # nothing is computed
+        assert noise_floor(digits(), extractor, 1024) == floor
+    file.write_text(file.read_text()[:-5])
+    assert noise_floor(digits(), extractor, 1024) == floor, "a torn entry is computed again"
+    assert noise_floor(digits(), extractor, 256)["mean"] > 2 * floor["mean"]
+
+
+def test_noise_floor_is_that_of_the_images_drawn(cache, monkeypatch):
+    """As often as they are drawn, in whatever batches they are read, and from whatever they are read."""
+    extractor, real = get_extractor("digits-cnn"), moments(features(DIGITS)["features"])
+    scores = []
+    for draw in range(5):
+        images = DIGITS[reference._draw(draw, 300, 1797)]
+        assert len(np.unique(images, axis=0)) < 300
+        part = moments(features(images)["features"])
+        scores.append(frechet_distance(part.mean, part.covariance(), real.mean, real.covariance()))
+    expected = {"mean": np.mean(scores), "sd": np.std(scores, ddof=1), "draws": 5}
+    assert noise_floor(digits(), extractor, 300) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(reference, "BATCH", 17)
+    assert noise_floor(Source("some", images_in(DIGITS)), extractor, 300) == pytest.approx(expected, rel=1e-5)
+
+
+def test_noise_floor_reads_what_is_drawn(cache):
+    source, read = digits(), []
+    source.load(get_extractor("digits-cnn"), ["fid"])
+    watched = dataclasses.replace(source, read=lambda indices: read.extend(indices) or source.read(indices))
+    noise_floor(watched, get_extractor("digits-cnn"), 50)
+    assert read == sorted(set(read)) and len(read) <= 5 * 50
+
+
+def test_noise_floor_needs_the_images_and_no_cache(cache, tmp_path, inception, caplog):
+    cache.write_text("in the way")
+    source = Source("some", images_in(DIGITS))
+    assert noise_floor(source, get_extractor("digits-cnn"), 100)["mean"] > 4
+    assert "The noise floor was not kept" in caplog.text
+    adm_file(tmp_path / "virtual.npz")
+    with pytest.raises(UsageError, match="does not hold all images"):
+        noise_floor(open_reference(tmp_path / "virtual.npz"), inception, 100)
 
 
 # ----------------------------------------------------------------------------------------- the ADM suite's .npz files

@@ -55,3 +55,24 @@ def test_a_cell_that_can_never_fit_is_refused(nodes, resources, worker_bytes, fi
     with pytest.raises(UsageError, match="can never hold") as error:
         place(nodes, resources, worker_bytes)
     assert fix in str(error.value)
+
+
+SHARED = [
+    # (GPUs, memory of each, bytes a cell, cells) → share of a GPU
+    (1, 80, 2, 8, 0.25),
+    (1, 80, 2, 3, pytest.approx(1 / 3)),
+    (4, 80, 2, 4, 1.0),  # each has one to itself
+    (4, 80, 2, 5, 0.5),
+    (1, 24, 6, 8, 0.5),
+    (1, 24, 20, 8, 1.0),
+    (1, 0, 2, 8, 1.0),  # memory not known
+]
+
+
+@pytest.mark.parametrize(("gpus", "memory", "needs", "cells", "share"), SHARED)
+def test_small_cells_share_a_gpu_where_memory_allows(gpus, memory, needs, cells, share):
+    nodes = [Node(cpus=32, gpus=gpus, memory=256 * GIB, gpu_memory=memory * GIB)]
+    placement = place(nodes, Resources(), WORKER, device_bytes=needs * GIB, cells=cells)
+    assert placement.per_worker["GPU"] == share
+    alone = place(nodes, Resources(workers=min(2, gpus)), WORKER, device_bytes=needs * GIB, cells=cells)
+    assert gpus == 1 or alone.per_worker["GPU"] == 1.0, "workers of one cell never share"

@@ -1,0 +1,149 @@
+"""What each part of SD-DiT buys: FID at the last step without it, and the difference to the reference.
+
+    python analysis/plot_components.py                         # the sweep components, into figures/
+    python analysis/plot_components.py --sweep NAME
+
+Draws what there is of a sweep that is still running, and says what is missing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import axis, common, lines, style
+from analysis.common import SCORE
+
+ROW_HEIGHT, PANEL_WIDTH, MARGIN = 0.42, 3.4, 3.2  # inches; the margin holds the settings' names and the differences
+DIFFERENCE = ["difference", "difference_low", "difference_high", "difference_seeds"]
+QUESTION = axis.Question(
+    name="components",
+    title="FID by component",
+    series="component",
+    at_end=True,
+    max_series=24,
+    shown_as="rows",
+    paper="The paper's ablation of its components is not among the values held here, so nothing of it is overlaid.",
+)
+
+
+def collect(table: pd.DataFrame, cells: pd.DataFrame | None = None, *, paper: bool = False) -> axis.AxisData:
+    """What is drawn: see `axis.collect`. The reference is the first series.
+
+    `frame` has the further columns difference, difference_low, difference_high (mean and 95 % t-interval of the
+    difference to the reference over the seeds that both have) and difference_seeds, for the cells that count.
+    """
+    data = axis.collect(QUESTION, table, cells, paper=paper)
+    names = list(data.frame["series"].cat.categories)
+    first = reference(table if cells is None else pd.DataFrame(list(cells["params"])))
+    names.sort(key=lambda name: name != first)  # stable: the others stay in their order
+    frame = data.frame.assign(series=data.frame["series"].cat.reorder_categories(names))
+    frame = frame.sort_values(["series", "seed"]).reset_index(drop=True)
+    counting = frame["seeds"].notna()
+    scores = {name: rows.set_index("seed")[SCORE] for name, rows in frame[counting].groupby("series", observed=True)}
+    frame[DIFFERENCE] = np.nan
+    for name in scores.keys() - {first} if first in scores else ():
+        for column, value in zip(DIFFERENCE, common.paired_difference(scores[name], scores[first]), strict=True):
+            frame.loc[counting & (frame["series"] == name), column] = value
+    paired = f"At the right: difference to {first}, paired over the seeds that both have"
+    if frame["difference_seeds"].max() > 1:
+        paired += ", with its 95% t-interval, not corrected for the number of comparisons; below zero is better."
+    else:
+        paired += "; one seed is no evidence of a difference."
+    caption = f"{data.caption} {paired}"
+    return replace(data, frame=frame, caption=caption)
+
+
+def reference(settings: pd.DataFrame) -> str:
+    """The setting that the others are changes of: in every field it has what most have; of equals, the first recorded.
+
+    The record has no order of the settings: cells that run side by side begin in any order.
+    """
+    every = settings.dropna(subset=[QUESTION.series]).drop_duplicates(QUESTION.series).set_index(QUESTION.series)
+    fields = every[[name for name in every.columns if "." in name and "/" not in name]].map(repr)
+    shared = sum((fields[name].map(fields[name].value_counts()) for name in fields), pd.Series(0, every.index))
+    return str(shared.idxmax())
+
+
+def draw(data: axis.AxisData) -> Figure:
+    """The figure: one row a setting, with seeds, mean and interval; the difference to the reference at the right."""
+    frame = lines.finite(data.frame)
+    names = list(frame["series"].cat.categories)
+    low, high, cut = lines.limits(frame, frame["seeds"].notna())
+    frame = frame.assign(**{SCORE: frame[SCORE].clip(low, high)})
+    with style.context():
+        size = (PANEL_WIDTH, 0.9 + ROW_HEIGHT * len(names))
+        figure, (panel,) = style.panels(1, f"{data.caption} {cut}".strip(), size=size, margin=MARGIN)
+        style.score_axis(panel, low, high, "x")
+        beside: dict[str, Any] = {"transform": panel.get_yaxis_transform(), "fontsize": 8}
+        for y, name in enumerate(names):
+            rows = frame[frame["series"] == name]
+            look, counting = lines.look_of(rows), rows[rows["seeds"].notna()]
+            if len(counting):
+                mean, least, most = counting[["mean", "low", "high"]].iloc[0]
+                panel.errorbar(
+                    mean, y, xerr=[[mean - least], [most - mean]], color=look.colour, marker=look.marker,
+                    markersize=6.5, elinewidth=1.4, zorder=4,
+                )  # fmt: skip
+            several = counting if len(counting) > 1 else counting[:0]
+            panel.plot(several[SCORE], np.full(len(several), y + 0.24), ".", color=look.colour, markersize=4, zorder=4)
+            for state, some in rows[rows["seeds"].isna()].groupby("state"):
+                lines.draw_faded(panel, some[SCORE], np.full(len(some), y + 0.24), str(state), look.colour)
+            panel.text(
+                1.03, y, _difference(y, counting), transform=panel.get_yaxis_transform(), va="center", fontsize=8
+            )
+        handles = [*_reference_line(panel, frame, names[0]), *lines.draw_floor([panel], data.floor, vertical=True)]
+        handles += lines.state_handles(frame, lines.MIXED)
+        panel.set_yticks(range(len(names)), [textwrap.fill(name, 28) for name in names])
+        panel.tick_params(axis="y", length=0)
+        panel.grid(axis="y", visible=False)
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.set_xlabel(data.score_name)
+        panel.text(1.03, -0.62, "difference, paired", va="bottom", **beside)
+        if handles:
+            figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    return figure
+
+
+def _difference(y: int, counting: pd.DataFrame) -> str:
+    """'+3.2 [+1.0, +5.4], n=4'"""
+    if counting.empty:
+        return "no cell done yet"
+    if y == 0:
+        return "reference"
+    mean, low, high, seeds = counting[DIFFERENCE].iloc[0]
+    if not seeds > 0:
+        return "no seed in common"
+    interval = f" [{low:+.1f}, {high:+.1f}]" if seeds > 1 else ""
+    return f"{mean:+.1f}{interval}, n={seeds:.0f}".replace("-", "−")
+
+
+def _reference_line(panel: Axes, frame: pd.DataFrame, name: str) -> list[Line2D]:
+    means = frame.loc[frame["series"] == name, "mean"].dropna()
+    if means.empty:
+        return []
+    drawn = panel.axvline(means.iloc[0], color=lines.MIXED, linewidth=0.9, zorder=1.5, label=f"mean of {name}")
+    return [drawn]
+
+
+def figure(
+    sweep: str, tracking_uri: str | None = None, out: Path = Path("figures"), *, paper: bool = False
+) -> list[Path]:
+    """Reads the sweep, writes the figure and its data to `out`, and gives their paths. Raises as `collect` does."""
+    return axis.make(QUESTION, collect, draw, sweep, tracking_uri, out, paper=paper)
+
+
+def main() -> None:
+    axis.main(figure, QUESTION, __doc__)
+
+
+if __name__ == "__main__":
+    common.run(main)
