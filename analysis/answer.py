@@ -117,10 +117,7 @@ def answer(settings: Sequence[Setting], floor: common.NoiseFloor | None, referen
     best, *others = compared
     sentences = [f"Lowest mean FID at the last step ({best.steps:,}): {_over(best.values())}, with {best.name}."]
     if floor:
-        sentences.append(
-            f"Noise floor: {floor.mean:.2f} ± {floor.sd:.2f}, the FID of real images (mean ± sd of {floor.draws} "
-            "draws); no score below it means anything."
-        )
+        sentences.append(f"{floor} No score below it means anything.")
     if others:
         rival = next((s for s in others if reference and reference.items() <= s.point.items()), others[0])
         role = "the reference" if reference and reference.items() <= rival.point.items() else "the runner-up"

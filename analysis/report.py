@@ -36,9 +36,7 @@ from analysis.answer import (
 )
 from analysis.page import Html, bullets, element, listed, page, section, table
 from analysis.tables import SCORES
-from sddit.results import _open as open_record
-from sddit.results import _shown as without_password
-from sddit.results import default_tracking_uri, load_cells, load_sweep
+from sddit.results import default_tracking_uri, load_cells, load_sweep, open_record, without_password
 
 DEFAULT_SWEEP = "mask_ratio"
 LABELS = {f"eval/{name}": label for name, label in SCORES.items() if name != "fid"} | {

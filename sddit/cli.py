@@ -225,10 +225,25 @@ class Compare:
         print(report(compare(self.settings, self.sweep, self.tracking_uri, metric=self.metric, step=self.step)))
 
 
+@dataclass(frozen=True)
+class Status:
+    """Show a sweep as its record has it, from any shell or machine: cells, who drives it, what it has cost."""
+
+    name: tyro.conf.Positional[str]
+    """The sweep, e.g. mask_ratio."""
+    tracking_uri: str | None = None
+    """Default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+
+    def run(self) -> None:
+        from sddit.orchestration.status import show
+
+        show(self.name, self.tracking_uri)
+
+
 def main() -> None:
     """The command's entry point; exits."""
     commands: dict[str, Any] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "reference": Reference}
-    commands |= {"import": Import, "export": Export, "compare": Compare}
+    commands |= {"import": Import, "export": Export, "compare": Compare, "status": Status}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
     def run() -> None:

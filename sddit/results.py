@@ -90,7 +90,7 @@ def load_results(
         UsageError: no sweep has this name.
         TrackingError: the record does not exist or cannot be reached.
     """
-    with _open(sweep, tracking_uri) as (client, experiment):
+    with open_record(sweep, tracking_uri) as (client, experiment):
         runs = _cells(_search(client, experiment, "cell"), sweep)
         return _results(client, experiment, runs, _cell_table(runs), metrics)
 
@@ -102,13 +102,13 @@ def load_cells(sweep: str, tracking_uri: str | None = None) -> pd.DataFrame:
     dictionaries: params (with the axes that are no field), metrics (the last value of each) and tags. Raises as
     `load_results` does.
     """
-    with _open(sweep, tracking_uri) as (client, experiment):
+    with open_record(sweep, tracking_uri) as (client, experiment):
         return _cell_table(_cells(_search(client, experiment, "cell"), sweep))
 
 
 def load_sweep(sweep: str, tracking_uri: str | None = None) -> SweepRecord:
     """The sweep's experiment and the tags of its parent run. Raises as `load_results` does."""
-    with _open(sweep, tracking_uri) as (client, experiment):
+    with open_record(sweep, tracking_uri) as (client, experiment):
         return _parent(_search(client, experiment, "sweep"), experiment)
 
 
@@ -116,7 +116,7 @@ def read_sweep(
     sweep: str, tracking_uri: str | None = None, *, metrics: Collection[str] | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame, SweepRecord]:
     """What `load_results`, `load_cells` and `load_sweep` give, from one search. Arguments and errors are theirs."""
-    with _open(sweep, tracking_uri) as (client, experiment):
+    with open_record(sweep, tracking_uri) as (client, experiment):
         everything = _search(client, experiment)
         runs = _cells(everything, sweep)
         cells = _cell_table(runs)
@@ -129,7 +129,7 @@ def sweep_names(tracking_uri: str | None = None) -> list[str]:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         return []
     try:
-        with _open("Default", uri) as (client, _):
+        with open_record("Default", uri) as (client, _):
             return [experiment.name for experiment in _all_experiments(client)]
     except UsageError:  # somebody deleted MLflow's own experiment
         return []
@@ -253,7 +253,9 @@ def _histories(
     A point needs no second reading once its run is finished: those are kept in one file a sweep, under a fingerprint
     that is another one when the run is taken up again.
     """
-    store = hashlib.sha256(f"{_shown(client.tracking_uri)}/{experiment.experiment_id}".encode()).hexdigest()[:24]
+    store = hashlib.sha256(f"{without_password(client.tracking_uri)}/{experiment.experiment_id}".encode()).hexdigest()[
+        :24
+    ]
     folder = os.path.expanduser(os.environ.get("SDDIT_CACHE") or "~/.cache/sddit")  # as sddit.data.cache_dir
     cache = Path(folder, "results", f"{store}.parquet")
     finished = {run.info.run_id: mark for run in runs if (mark := _fingerprint(run))}
@@ -357,7 +359,7 @@ def _finite_or_inf(value: float) -> float:
 
 
 @contextlib.contextmanager
-def _open(sweep: str, tracking_uri: str | None) -> Iterator[tuple[MlflowClient, Experiment]]:
+def open_record(sweep: str, tracking_uri: str | None) -> Iterator[tuple[MlflowClient, Experiment]]:
     """The client and the sweep's experiment; failures inside become TrackingError."""
     uri = _readable(tracking_uri or default_tracking_uri())
     # MLflow reports usage to its makers unless told not to; what the user has set stays.
@@ -376,7 +378,7 @@ def _open(sweep: str, tracking_uri: str | None) -> Iterator[tuple[MlflowClient, 
             raise UsageError(_unknown_sweep(sweep, known, uri))
         if experiment.lifecycle_stage == "deleted":
             raise UsageError(
-                f"The sweep {sweep!r} was deleted in {_shown(uri)}. Bring it back with: "
+                f"The sweep {sweep!r} was deleted in {without_password(uri)}. Bring it back with: "
                 f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
             )
         with _bounded_http(retries=2, seconds=60):  # somebody is; a long table may take a while
@@ -384,7 +386,7 @@ def _open(sweep: str, tracking_uri: str | None) -> Iterator[tuple[MlflowClient, 
     except (MlflowException, SQLAlchemyError, requests.RequestException, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrackingError(
-            f"Cannot read the MLflow record {_shown(uri)}: {_shown(reason)}\n"
+            f"Cannot read the MLflow record {without_password(uri)}: {without_password(reason)}\n"
             "Check that the server is up and the address right (--tracking-uri or MLFLOW_TRACKING_URI)."
         ) from error
 
@@ -416,10 +418,10 @@ def _all_experiments(client: MlflowClient) -> list[Experiment]:
 def _unknown_sweep(sweep: str, known: list[str], uri: str) -> str:
     known = sorted(name for name in known if name != "Default")  # MLflow's own, always there
     if not known:
-        return f"No sweep {sweep!r} in {_shown(uri)}, which holds none yet. {FIRST_RUN}"
+        return f"No sweep {sweep!r} in {without_password(uri)}, which holds none yet. {FIRST_RUN}"
     if len(known) > 20:  # a shared server can hold thousands
         known = difflib.get_close_matches(sweep, known, n=20, cutoff=0.0)
-    return f"No sweep {sweep!r} in {_shown(uri)}. {did_you_mean(sweep, known)}"
+    return f"No sweep {sweep!r} in {without_password(uri)}. {did_you_mean(sweep, known)}"
 
 
 def _readable(uri: str) -> str:
@@ -443,7 +445,7 @@ def _readable(uri: str) -> str:
         try:
             socket.create_connection((parts.hostname, parts.port or DATABASE_PORTS[dialect]), timeout=5).close()
         except OSError as error:
-            raise TrackingError(f"Cannot reach the MLflow database {_shown(uri)}: {error}") from error
+            raise TrackingError(f"Cannot reach the MLflow database {without_password(uri)}: {error}") from error
     return uri
 
 
@@ -459,6 +461,6 @@ def _check_sqlite(path: Path) -> None:
         raise TrackingError(f"{path} is not an MLflow record: it has no experiments. {FIRST_RUN}")
 
 
-def _shown(text: str) -> str:
+def without_password(text: str) -> str:
     """Without the password that an address may carry."""
     return re.sub(r"//([^/@:\s]*):[^/@\s]*@", r"//\1:…@", text)

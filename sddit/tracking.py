@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ SILENT_SECONDS = 60.0  # a remote owner silent for so long is taken over
 SEND_SECONDS = 5.0  # points wait at most so long
 BATCH = 500  # points a call
 GRID_KEY = "samples/grid"
+VIEW = "sddit"  # the name of our view of a sweep in MLflow's UI
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -90,6 +91,7 @@ def open_client(uri: str) -> MlflowClient:
                 client = MlflowClient(uri)
                 with contextlib.closing(sqlite3.connect(path, timeout=30)) as db:
                     db.execute("PRAGMA journal_mode=WAL")
+            _analyse(uri)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError, sqlite3.Error) as error:
         raise TrackingError(
@@ -97,6 +99,15 @@ def open_client(uri: str) -> MlflowClient:
             "--tracking-uri (default: sqlite:///mlflow.db in the current folder)."
         ) from None
     return client
+
+
+def _analyse(uri: str) -> None:
+    """Tells sqlite how few points a run has: else it looks through those of all runs for the history of one."""
+    if uri.startswith("sqlite:///"):
+        path = uri.removeprefix("sqlite:///")
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=1)) as db:
+            db.execute("PRAGMA analysis_limit=10000")  # with 1,000 it still chooses the slow way
+            db.execute("ANALYZE metrics")
 
 
 def _first_line(error: BaseException) -> str:
@@ -284,6 +295,7 @@ class SweepRecord:
         with _as_tracking_error(f"The end of run {run_id} could not be recorded"):
             self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             self.client.set_terminated(run_id, status="FAILED" if state == "failed" else "FINISHED")
+        _analyse(self.uri)
 
     def interrupt_cell(self, run_id: str) -> None:
         """A cell has stopped after a checkpoint and goes on with the next command: its state stays 'running'."""
@@ -304,13 +316,14 @@ class SweepRecord:
         with _as_tracking_error(f"Tags of sweep {self.sweep!r} could not be set"):
             self.client.log_batch(self.parent_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
-    def describe(self, question: str) -> None:
-        """The description that MLflow's UI shows, with a link to the report."""
+    def describe(self, question: str, axes: Sequence[str]) -> None:
+        """What MLflow's UI shows of the sweep: the question with a link to the report, and a view of its cells."""
         link = f"#/experiments/{self.experiment_id}/runs/{self.parent_id}/artifacts/report.html"
         note = f"{question}\n\n[report.html]({link})"
         self.set_tags({"mlflow.note.content": note})
         with _as_tracking_error(f"Sweep {self.sweep!r} could not be described"):
             self.client.set_experiment_tag(self.experiment_id, "mlflow.note.content", note)
+            self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", _view(axes))
 
     def artifact(self, path: Path, name: str | None = None) -> None:
         """A file on the parent run, under its own name or another; written over when it is there already."""
@@ -318,6 +331,36 @@ class SweepRecord:
             if name and name != path.name:
                 path = Path(shutil.copy(path, Path(folder) / name))
             self.client.log_artifact(self.parent_id, str(path))
+
+
+def _view(axes: Sequence[str]) -> str:
+    """The state of MLflow's runs page that shows a sweep: its axes as columns, FID by step, parallel coordinates and
+    grids. Its form is MLflow's own and no public interface; a browser test says whether it still holds."""
+
+    def card(name: str, kind: str, **settings: Any) -> dict[str, Any]:
+        common = {"deleted": False, "isGenerated": False, "metricSectionId": VIEW, "runsCountToCompare": 10}
+        return {"uuid": f"{VIEW}-{name}", "type": kind, **common, **settings}
+
+    fields = [axis for axis in axes if "." in axis]
+    columns = [f"params.`{axis}`" if axis in fields else f"tags.`axis.{axis}`" for axis in axes]
+    state = {
+        "searchFilter": "tags.`sddit.kind` = 'cell'", "orderByKey": "metrics.`eval/fid`", "orderByAsc": True,
+        "startTime": "ALL", "lifecycleFilter": "Active", "modelVersionFilter": "All Runs", "datasetsFilter": [],
+        "selectedColumns": [
+            "metrics.`eval/fid`", *columns, "params.`seed`", "tags.`sddit.state`", "tags.`sddit.step`"
+        ],
+        "isAccordionReordered": True,
+        "compareRunCharts": [
+            card("fid", "LINE", metricKey="eval/fid", selectedMetricKeys=["eval/fid"], lineSmoothness=0),
+            card("parallel", "PARALLEL", selectedParams=[*fields, "seed"], selectedMetrics=["eval/fid"],
+                 showAllRuns=True),
+            card("grid", "IMAGE", imageKeys=[GRID_KEY], step=0, showRunParams=False),
+        ],
+        "compareRunSections": [
+            {"uuid": VIEW, "name": "FID", "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+        ],
+    }  # fmt: skip
+    return json.dumps(state)
 
 
 def read_owner(client: MlflowClient, parent_id: str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"config", "errors", "seeding", "cost", "presets"}
+EVERYWHERE = {"config", "errors", "seeding", "cost", "presets", "intervals"}
 # room → rooms of the project that it may import, at any depth of its code
 ALLOWED = {
     "config": {"errors"},
     "errors": set(),
     "environment": {"errors"},
     "seeding": set(),
+    "intervals": set(),
     "presets": EVERYWHERE,
     "cost": EVERYWHERE,
     "describe": EVERYWHERE,
@@ -32,7 +33,7 @@ ALLOWED = {
     "orchestration": EVERYWHERE | {"environment", "cell", "training", "data", "metrics", "tracking", "results"},
     "api": EVERYWHERE
     | {"cell", "training", "checkpoints", "methods", "models", "data", "metrics", "tracking", "results"},
-    "cli": EVERYWHERE | {"describe", "environment", "api", "training", "comparison"},
+    "cli": EVERYWHERE | {"describe", "environment", "api", "training", "comparison", "orchestration"},
     "__init__": EVERYWHERE | {"api", "results"},
     "__main__": {"cli"},
 }

@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
 
 from sddit.config import FRESH_SEED
-from sddit.errors import SdditError, UsageError
+from sddit.errors import SdditError
 from sddit.intervals import t_interval
 from sddit.orchestration.plan import label_of, point_of
-from sddit.tracking import SweepRecord
+from sddit.tracking import VIEW, SweepRecord
 
 if TYPE_CHECKING:
     from sddit.orchestration.sweep import Job
@@ -33,19 +33,26 @@ def finish(job: Job, record: SweepRecord, console: Console) -> None:
         console.print(line)
     files: list[Path] = []
     for module in job.sweep.figures:
-        try:
-            files += importlib.import_module(module).figure(job.name, job.uri, FIGURES)
-        except (UsageError, SdditError) as error:
-            console.print(f"{module.rpartition('.')[2]}: {error}")
-    report = importlib.import_module("analysis.report").report(job.name, job.uri, FIGURES, files)
+        files += _drawn(module, console, lambda draw: draw.figure(job.name, job.uri, FIGURES))
     for path in files:
         record.artifact(path)
-    record.artifact(report, "report.html")
+    for path in _drawn("analysis.report", console, lambda draw: [draw.report(job.name, job.uri, FIGURES, files)]):
+        record.artifact(path, "report.html")
     if (journal := Path("runs") / job.name / "study.journal").exists():
         record.artifact(journal)
         console.print(f"Optuna's dashboard: optuna-dashboard {journal}")
     console.print(f"MLflow UI: {ui_line(job.uri)}")
-    console.print(f"  then open {ui_link(job.uri, record.experiment_id)}")
+    link = ui_link(job.uri, record.experiment_id)
+    console.print(f"  then open {link} or, for charts, {link}&compareRunsMode=CHART")
+
+
+def _drawn(module: str, console: Console, draw: Callable[[Any], list[Path]]) -> list[Path]:
+    """The files that a module of `analysis` draws; none, and the reason, where it cannot."""
+    try:
+        return draw(importlib.import_module(module))
+    except SdditError as error:
+        console.print(f"{module.rpartition('.')[2]}: {error}")
+        return []
 
 
 def best_lines(cells: pd.DataFrame, axes: list[str]) -> list[str]:
@@ -87,12 +94,6 @@ def ui_line(uri: str) -> str:
 
 
 def ui_link(uri: str, experiment_id: str) -> str:
-    """The cells of a sweep as a table sorted by FID (mlflow.md §9)."""
+    """The cells of a sweep as a table sorted by FID, in the view that the tracker made."""
     root = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    search = quote("tags.`sddit.kind` = 'cell'")
-    order = quote("metrics.`eval/fid`")
-    return (
-        f"{root}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&searchFilter={search}"
-        f"&orderByKey={order}&orderByAsc=true&startTime=ALL&lifecycleFilter=Active"
-        "&modelVersionFilter=All+Runs&datasetsFilter=W10%3D"
-    )
+    return f"{root}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"

@@ -191,6 +191,14 @@ class Progress:
                         row.step = max(row.step, self.read_step(row.run_id) or 0)
 
 
+def make_console() -> Console:
+    """For tables and long lines: a terminal folds them as wide as it is, a file takes them whole."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
 def duration(seconds: float) -> str:
     """Seconds in words, e.g. '45 s', '3 min 20 s', '2 h 05 min'."""
     seconds = round(seconds)

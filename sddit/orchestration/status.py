@@ -5,29 +5,25 @@ from __future__ import annotations
 import json
 import time
 
-from rich.console import Console
-
 from sddit import results
 from sddit.config import FRESH_SEED
 from sddit.orchestration.plan import device_hours, label_of, point_of
-from sddit.orchestration.progress import Progress, Row
+from sddit.orchestration.progress import Progress, Row, make_console
 
 
-def show(sweep: str, tracking_uri: str | None, console: Console) -> None:
+def show(sweep: str, tracking_uri: str | None) -> None:
     """Prints the cells of a sweep, who drives it, and what it has cost.
 
     Raises:
         UsageError: no sweep has this name.
         TrackingError: the record cannot be read.
     """
-    cells = results.load_cells(sweep, tracking_uri)
-    parent = results.load_sweep(sweep, tracking_uri)
-    axes = json.loads(parent.tags.get("sddit.axes") or "[]")
+    _, cells, parent = results.read_sweep(sweep, tracking_uri, metrics=())
     rows, spent = [], 0.0
     for cell in cells.to_dict("records"):
         tags = cell["tags"]
         spent += device_hours(cell)
-        label = label_of(point_of(cell, axes)) + (" (fresh)" if cell["seed"] >= FRESH_SEED else "")
+        label = label_of(point_of(cell, parent.axes)) + (" (fresh)" if cell["seed"] >= FRESH_SEED else "")
         note = (tags.get("sddit.error") or "").strip().splitlines()[-1:]
         rows.append(
             Row(label, cell["seed"], cell["identity"], cell["state"], cell["step"], cell["steps"],
@@ -44,6 +40,7 @@ def show(sweep: str, tracking_uri: str | None, console: Console) -> None:
     optional = {name: parent.tags.get(f"sddit.{name}") for name in ("budget_hours", "price")}
     budget, price = (float(text) if text else None for text in optional.values())
     logs = next((c["tags"].get("sddit.log", "") for c in cells.to_dict("records") if c["state"] == "failed"), "")
+    console = make_console()
     progress = Progress(
         f"Sweep {sweep}: {driver}", rows, lambda run_id: None, 1, console, logs,
         spent=lambda: spent, budget=budget, price=price,

@@ -260,6 +260,7 @@ def _chosen(axis: str, declared: list[Any] | dict[str, Settings], value: Any) ->
 def run(sweep: Sweep, flags: Flags) -> int:
     """Runs what is missing of a sweep. Returns the exit status."""
     from sddit.orchestration import finish
+    from sddit.orchestration.progress import make_console
     from sddit.orchestration.speed import Speeds
 
     check_environment()
@@ -292,14 +293,6 @@ def run(sweep: Sweep, flags: Flags) -> int:
     finally:
         owner.release(status)
     return 1 if failed else 0
-
-
-def make_console() -> Console:
-    """For tables and long lines: a terminal folds them as wide as it is, a file takes them whole."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200
-    return console
 
 
 def check_inputs(job: Job) -> None:
@@ -371,13 +364,15 @@ def _describe(job: Job, record: SweepRecord) -> None:
     """What figures and reports must know of the sweep, on its run."""
     flags = job.flags
     known = {"sddit.axes": json.dumps(job.axes), "sddit.command": command_line()}
+    if named := {axis: next(iter(values)) for axis, values in job.sweep.axes.items() if isinstance(values, Mapping)}:
+        known["sddit.reference"] = json.dumps(named)  # others are compared with it
     optional = {
         "sddit.excluded": json.dumps(dict(list(job.excluded.items())[:40])) if job.excluded else None,
         "sddit.budget_hours": flags.budget_hours,
         "sddit.price": flags.price,
     }
     record.set_tags(known | {k: str(v) for k, v in optional.items() if v is not None})
-    record.describe(job.sweep.question)
+    record.describe(job.sweep.question, job.axes)
 
 
 # ------------------------------------------------------------------------------------------------------------ running

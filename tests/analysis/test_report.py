@@ -89,7 +89,7 @@ def test_one_seed_allows_no_conclusion(sweep):
         "Lowest mean FID at the last step (600): 18.00 (seed 0 alone: one seed allows no conclusion), "
         "with mask ratio 0.3."
     )
-    assert floor.startswith("Noise floor: 3.00 ± 0.10")
+    assert floor.startswith("Noise floor, real images against real ones: FID 3 ± 0.1")
     assert difference == "Difference to mask ratio 0.5, the runner-up: −2.00 with one seed, which allows no conclusion."
     assert picked.startswith("Picked from 3 settings") and "no fresh seed has confirmed it" in picked
 

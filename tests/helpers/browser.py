@@ -20,7 +20,7 @@ class Browser:
     def __init__(self, folder, width=1600, height=1000):
         flags = [
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-features=IsolateSandboxedFrames",  # else the text of a frame is in another process
+            "--disable-features=IsolateSandboxedIframes",  # else the text of a frame is in another process
             "--remote-debugging-port=0", f"--user-data-dir={folder}", f"--window-size={width},{height}",
         ]  # fmt: skip
         self.size = {"width": width, "height": height}
