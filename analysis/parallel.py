@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from sddit.config import SIZE_GRIDS
+
 ABSENT = -0.16  # where a cell stands that does not have the axis
 WORD_ROOM = 0.16  # of the scale, for each word above numbers, and for a zero below them
 MAX_MARKS = 6  # different numbers that have a mark each
-DECADE = 10.0
+WIDE = 30.0  # highest over lowest, from which on a scale is logarithmic
+SIZES = list(SIZE_GRIDS["paper"])
 SPREAD = 0.05  # lines through one value are drawn beside each other, over so much of the scale
 
 
@@ -28,28 +31,28 @@ def axis_name(axis: str) -> str:
 
 
 def sorted_out(values: Sequence[Any]) -> list[float | str | None]:
-    """Numbers as numbers, None or NaN as None, all else as words; so is a zero among numbers that span a decade, which
-    a logarithmic scale has no place for."""
+    """Numbers as numbers, None or NaN as None, all else as words; so is a zero among numbers of a wide range,
+    which a logarithmic scale has no place for."""
     known = [None if value is None or value != value else value for value in values]
     plain = [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in known]
     numbers = [value for value in plain if isinstance(value, float)]
-    switched = 0.0 in numbers and _spans_decade([value for value in numbers if value])
+    switched = 0.0 in numbers and _wide([value for value in numbers if value])
     return [
         value if value is None else str(known[i]) if not isinstance(value, float) else "0" if switched and not value
         else value for i, value in enumerate(plain)
     ]  # fmt: skip
 
 
-def _spans_decade(numbers: Sequence[float]) -> bool:
-    return bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= DECADE
+def _wide(numbers: Sequence[float]) -> bool:
+    return bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE
 
 
 def spread(numbers: Sequence[float]) -> Callable[[float], float]:
-    """What makes these numbers even: their logarithm if they span a decade; for rates like 0.9, 0.99, 0.999 that of
+    """What makes these numbers even: their logarithm if they have a wide range; for rates like 0.9, 0.99, 0.999 that of
     their distance to one; or nothing."""
-    if _spans_decade(numbers):
+    if _wide(numbers):
         return math.log10
-    if min(numbers) >= 0.5 and max(numbers) < 1 and _spans_decade([1 - number for number in numbers]):
+    if min(numbers) >= 0.5 and max(numbers) < 1 and _wide([1 - number for number in numbers]):
         return lambda number: -math.log10(1 - number)
     return float
 
@@ -61,11 +64,11 @@ def scale(values: Sequence[Any]) -> tuple[np.ndarray, dict[float, str]]:
     """
     known = sorted_out(values)
     numbers = [value for value in known if isinstance(value, float)]
-    words = sorted({value for value in known if isinstance(value, str)})
+    words = sorted({value for value in known if isinstance(value, str)}, key=_size)
     marks: dict[float, str] = {}
     places: dict[Any, float] = {None: ABSENT}
     if numbers:
-        zero = {"0"} & set(words) if _spans_decade(numbers) else set()
+        zero = {"0"} & set(words) if _wide(numbers) else set()
         bottom, above = WORD_ROOM * len(zero), [word for word in words if word not in zero]
         top = max(0.5, 1 - WORD_ROOM * len(above))
         even = spread(numbers)
@@ -87,6 +90,12 @@ def scale(values: Sequence[Any]) -> tuple[np.ndarray, dict[float, str]]:
     return np.array([places[value] for value in known]), marks
 
 
+def _size(word: str) -> tuple[int, str]:
+    """Sort key: sizes like 'S/2' from small to large, other words by their letters."""
+    letter = word.partition("/")[0]
+    return (SIZES.index(letter) if letter in SIZES and "/" in word else len(SIZES)), word
+
+
 def _marks(numbers: Sequence[float], places: Sequence[float]) -> list[float]:
     """Numbers to mark: each, where they are few and short and lie apart, else round ones."""
     low, high = min(numbers), max(numbers)
@@ -94,13 +103,13 @@ def _marks(numbers: Sequence[float], places: Sequence[float]) -> list[float]:
     if len(each) <= MAX_MARKS and (np.diff(places) > 0.08).all() and all(float(f"{n:.4g}") == n for n in each):
         return each
     if spread(numbers) is float:
-        found = matplotlib.ticker.MaxNLocator(4).tick_values(low, high)
-    elif _spans_decade(numbers):
+        found = list(matplotlib.ticker.MaxNLocator(4).tick_values(low, high))
+    elif _wide(numbers):
         decades = np.log10(high / low)
         subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
-        found = matplotlib.ticker.LogLocator(subs=subs).tick_values(low, high)
+        found = list(matplotlib.ticker.LogLocator(subs=subs).tick_values(low, high))
     else:
-        found = 1 - 10.0 ** -np.arange(1, 10)
+        found = [1 - 10.0**-i for i in range(1, 10)]
     slack = 1e-9 * (high - low)
     inside = [float(mark) for mark in found if low - slack <= mark <= high + slack]
     return inside if len(inside) > 1 else [low, high] if high > low else [low]

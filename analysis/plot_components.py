@@ -8,8 +8,11 @@ Draws what there is of a sweep that is still running, and says what is missing.
 
 from __future__ import annotations
 
+import json
 import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +24,38 @@ from matplotlib.lines import Line2D
 
 from analysis import axis, common, lines, style
 from analysis.common import SCORE
+from sddit.results import load_sweep
 
-ROW_HEIGHT, PANEL_WIDTH, MARGIN = 0.42, 3.4, 3.2  # inches; the margin holds the settings' names and the differences
+ROW_HEIGHT, PANEL_WIDTH, MARGIN = 0.34, 3.4, 3.2  # inches; the margin holds the settings' names and the differences
 DIFFERENCE = ["difference", "difference_low", "difference_high", "difference_seeds"]
 QUESTION = axis.Question(
     name="components",
     title="FID by component",
     series="component",
     at_end=True,
-    max_series=24,
+    max_series=40,
     shown_as="rows",
     paper="The paper's ablation of its components is not among the values held here, so nothing of it is overlaid.",
 )
 
 
-def collect(table: pd.DataFrame, cells: pd.DataFrame | None = None, *, paper: bool = False) -> axis.AxisData:
-    """What is drawn: see `axis.collect`. The reference is the first series.
+def collect(
+    table: pd.DataFrame, cells: pd.DataFrame | None = None, *, paper: bool = False, reference: str | None = None
+) -> axis.AxisData:
+    """What is drawn: see `axis.collect`. The reference comes first; None: `nearest_to_all`.
 
     `frame` has the further columns difference, difference_low, difference_high (mean and 95 % t-interval of the
     difference to the reference over the seeds that both have) and difference_seeds, for the cells that count.
     """
     data = axis.collect(QUESTION, table, cells, paper=paper)
     names = list(data.frame["series"].cat.categories)
-    first = reference(table if cells is None else pd.DataFrame(list(cells["params"])))
+    fields = list(cells["params"]) if cells is not None else table.to_dict("records")
+    first = str(next((name for name in (reference, nearest_to_all(fields)) if name in names), names[0]))
     names.sort(key=lambda name: name != first)  # stable: the others stay in their order
     frame = data.frame.assign(series=data.frame["series"].cat.reorder_categories(names))
     frame = frame.sort_values(["series", "seed"]).reset_index(drop=True)
     counting = frame["seeds"].notna()
-    scores = {name: rows.set_index("seed")[SCORE] for name, rows in frame[counting].groupby("series", observed=True)}
+    scores = {n: rows.set_index("seed")[SCORE] for n, rows in frame[counting].groupby("series", observed=True)}
     frame[DIFFERENCE] = np.nan
     for name in scores.keys() - {first} if first in scores else ():
         for column, value in zip(DIFFERENCE, common.paired_difference(scores[name], scores[first]), strict=True):
@@ -62,15 +69,17 @@ def collect(table: pd.DataFrame, cells: pd.DataFrame | None = None, *, paper: bo
     return replace(data, frame=frame, caption=caption)
 
 
-def reference(settings: pd.DataFrame) -> str:
-    """The setting that the others are changes of: in every field it has what most have; of equals, the first recorded.
+def nearest_to_all(cells: Iterable[Mapping[Any, Any]]) -> str:
+    """The setting that the others are changes of: it shares the most values of fields with them; of equals, the first.
 
-    The record has no order of the settings: cells that run side by side begin in any order.
+    Used where the record names no reference, since cells that run side by side begin in any order.
     """
-    every = settings.dropna(subset=[QUESTION.series]).drop_duplicates(QUESTION.series).set_index(QUESTION.series)
-    fields = every[[name for name in every.columns if "." in name and "/" not in name]].map(repr)
-    shared = sum((fields[name].map(fields[name].value_counts()) for name in fields), pd.Series(0, every.index))
-    return str(shared.idxmax())
+    settings: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        if isinstance(name := cell.get(QUESTION.series), str):
+            settings.setdefault(name, {k: repr(v) for k, v in cell.items() if "." in k and "/" not in k and v == v})
+    fields = pd.DataFrame.from_dict(settings, orient="index")
+    return str(fields.apply(lambda values: values.map(values.value_counts())).sum(axis=1).idxmax())
 
 
 def draw(data: axis.AxisData) -> Figure:
@@ -97,9 +106,7 @@ def draw(data: axis.AxisData) -> Figure:
             panel.plot(several[SCORE], np.full(len(several), y + 0.24), ".", color=look.colour, markersize=4, zorder=4)
             for state, some in rows[rows["seeds"].isna()].groupby("state"):
                 lines.draw_faded(panel, some[SCORE], np.full(len(some), y + 0.24), str(state), look.colour)
-            panel.text(
-                1.03, y, _difference(y, counting), transform=panel.get_yaxis_transform(), va="center", fontsize=8
-            )
+            panel.text(1.03, y, _difference(y, counting), va="center", **beside)
         handles = [*_reference_line(panel, frame, names[0]), *lines.draw_floor([panel], data.floor, vertical=True)]
         handles += lines.state_handles(frame, lines.MIXED)
         panel.set_yticks(range(len(names)), [textwrap.fill(name, 28) for name in names])
@@ -116,7 +123,7 @@ def draw(data: axis.AxisData) -> Figure:
 def _difference(y: int, counting: pd.DataFrame) -> str:
     """'+3.2 [+1.0, +5.4], n=4'"""
     if counting.empty:
-        return "no cell done yet"
+        return "no cell done"
     if y == 0:
         return "reference"
     mean, low, high, seeds = counting[DIFFERENCE].iloc[0]
@@ -138,7 +145,9 @@ def figure(
     sweep: str, tracking_uri: str | None = None, out: Path = Path("figures"), *, paper: bool = False
 ) -> list[Path]:
     """Reads the sweep, writes the figure and its data to `out`, and gives their paths. Raises as `collect` does."""
-    return axis.make(QUESTION, collect, draw, sweep, tracking_uri, out, paper=paper)
+    named = json.loads(load_sweep(sweep, tracking_uri).tags.get("sddit.reference", "{}"))
+    collected = partial(collect, reference=named.get(QUESTION.series))
+    return axis.make(QUESTION, collected, draw, sweep, tracking_uri, out, paper=paper)
 
 
 def main() -> None:

@@ -156,8 +156,8 @@ def _reading(frame: pd.DataFrame, drawn: pd.DataFrame, cells: pd.DataFrame) -> s
     not_drawn = f"{common.counted(infinite, 'infinite score')} not drawn. " if infinite else ""
     return (
         f"FID at each evaluation{f', {size}' if size else ''}: {spread}. {done} of "
-        f"{common.counted(len(cells), 'cell')} done. {not_drawn}FLOPs: all passes of a training step, two per multiply-add, a "
-        "pass with gradient counted three times."
+        f"{common.counted(len(cells), 'cell')} done. {not_drawn}FLOPs: all passes of a training step, two per "
+        "multiply-add, a pass with gradient counted three times."
     )
 
 

@@ -45,9 +45,13 @@ QUESTION = axis.Question(
 
 
 def collect(table: pd.DataFrame, cells: pd.DataFrame | None = None, *, paper: bool = False) -> axis.AxisData:
-    """What is drawn: see `axis.collect`. `frame` has a further column source, 'ours' or 'paper'."""
+    """What is drawn: see `axis.collect`.
+
+    `frame` has the further columns source ('ours', 'paper') and as_long: whether a value of the paper is of as many
+    steps and as large a batch as ours.
+    """
     data = axis.collect(QUESTION, table, cells)
-    frame = data.frame.assign(source=finals.SOURCE)
+    frame = data.frame.assign(source=finals.SOURCE, as_long=True)
     if not paper:
         return replace(data, frame=frame)
     counting = set(data.counting["identity"])
@@ -57,9 +61,17 @@ def collect(table: pd.DataFrame, cells: pd.DataFrame | None = None, *, paper: bo
         why = sorted(reasons)[0] if reasons else "No cell is done that could be set beside the paper's values."
         return replace(data, frame=frame, caption=f"{data.caption} {why} None of them is overlaid.")
     sizes = data.frame[SIZE.short].cat.categories
-    rows = [_published_row(row) for row in published.TABLE_1 if row.size in sizes and row.fid]
+    as_long = (common.last_done(data.frame), common.the_value(table, "train.batch_size"))
+    rows = [
+        _published_row(row) | {"as_long": (row.steps, row.batch) == as_long}
+        for row in published.TABLE_1
+        if row.size in sizes
+    ]
     overlaid = pd.DataFrame(rows).astype({SIZE.short: data.frame[SIZE.short].dtype})
-    caption = f"{data.caption} Stars: the paper's values, over the size only those of as many steps. {published.SOURCE}"
+    caption = (
+        f"{data.caption} Stars: the paper's values; over the size only those of as many steps and as large a batch. "
+        f"{published.SOURCE}"
+    )
     return replace(data, frame=pd.concat([frame, overlaid], ignore_index=True), caption=caption)
 
 
@@ -96,7 +108,7 @@ def draw(data: axis.AxisData) -> Figure:
                     Line2D([], [], color=colour, label=textwrap.fill(str(name), 28), linewidth=2.0, **lines.marks(look))
                 )
             for name, rows in theirs.groupby("series", sort=False):
-                shown = rows[rows["step"] == common.last_done(ours)] if over is SIZE else rows
+                shown = rows[rows["as_long"]] if over is SIZE else rows
                 colour = lines.look_of(rows).colour
                 panel.plot(lines.positions(over, shown), shown[SCORE], color=colour, **PAPER)
                 handles.append(Line2D([], [], color=colour, label=str(name), **PAPER))

@@ -9,7 +9,6 @@ Draws what there is of a sweep that is still running, and says what is missing.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +25,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import common, lines, parallel, style
-from analysis.answer import value_text
+from analysis.importance import LEAST, SCORE, importances, top
 from sddit.config import FRESH_SEED
 from sddit.errors import SdditError
 from sddit.results import AXIS_TAG, load_cells, load_results, load_sweep, parse_param
 
 DEFAULT_SWEEP = "search"
-SCORE, FLOPS = "eval/fid", "cost/flops"
+FLOPS = "cost/flops"
 DISCRIMINATIVE = ("method.tau_", "method.teacher_", "method.centr", "method.head_")  # fields of that loss
-LEAST = 8  # finished cells, for an importance to mean anything
-NUMBER = "a number"
-TOP = 5  # cells at least whose axis values an importance sets against the others'
+MANY = 50  # from which on it is more than a hint
+DECADE = 10.0
 # Dark is low; monotone in grey, and told apart by colour-blind readers. Without the lightest, which white swallows.
 COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, 256)))
 UNFINISHED, LINE, BEST = "#C4C4C4", "#5A6470", "#C23B00"
@@ -104,7 +102,7 @@ def collect(table: pd.DataFrame, cells: pd.DataFrame, axes: Sequence[str] = (), 
         _reading(frame, searched, varied, [a for a in axes if a not in [*varied, *twins]], twins),
         _missing(frame, searched),
         _best(frame, varied, cells, everything),
-        _importance_words(frame, importance),
+        _importance_words(frame, importance, varied),
         str(floor) if floor else "",
         common.provenance(usable, cells),
         "The paper has no such figure." if paper else "",
@@ -164,56 +162,6 @@ def _fields_that_differ(cells: pd.DataFrame) -> list[str]:
     return [name for name in names if len({repr(params.get(name)) for params in cells["params"]}) > 1]
 
 
-# ------------------------------------------------------------------------------------------------------- importance
-
-
-def importances(frame: pd.DataFrame, axes: Sequence[str]) -> dict[str, float] | None:
-    """Each axis' share in what sets the best cells apart (PED-ANOVA as Optuna has it), the largest first.
-
-    An axis that a cell does not have is a conditional one to the study; one of numbers and words is two to it. None
-    with fewer than `LEAST` cells, or where nothing varies.
-    """
-    axes = [axis for axis in axes if frame[axis].map(repr).nunique() > 1]
-    if len(frame) < LEAST or not axes:
-        return None
-    import optuna
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # An axis is up to two parameters: its numbers, on an even scale, and its words, one of which says "a number".
-    columns: dict[str, list[Any]] = {}
-    distributions: dict[str, BaseDistribution] = {}
-    for axis in axes:
-        known = parallel.sorted_out(frame[axis].tolist())
-        numbers = [value for value in known if isinstance(value, float)]
-        words = sorted({value for value in known if isinstance(value, str)})
-        if numbers:
-            even = parallel.spread(numbers)
-            columns[f"{axis}/number"] = [even(value) if isinstance(value, float) else None for value in known]
-            distributions[f"{axis}/number"] = FloatDistribution(even(min(numbers)), even(max(numbers)))
-        if words:
-            columns[f"{axis}/word"] = [NUMBER if isinstance(value, float) else value for value in known]
-            distributions[f"{axis}/word"] = CategoricalDistribution([*words, *([NUMBER] if numbers else [])])
-    study = optuna.create_study()
-    for i, score in enumerate(frame[SCORE]):
-        params = {name: column[i] for name, column in columns.items() if column[i] is not None}
-        kinds = {name: distributions[name] for name in params}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=kinds, value=float(score)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the evaluator is marked experimental
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_top(len(frame)) / len(frame))
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    shares = dict.fromkeys(axes, 0.0)
-    for name, share in found.items():
-        shares[name.rpartition("/")[0]] += float(share)
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def _top(count: int) -> int:
-    """How many cells are the best ones: a quarter, but at least `TOP`, and at most half."""
-    return min(count // 2, max(TOP, count // 4))
-
-
 # ---------------------------------------------------------------------------------------------------------- caption
 
 
@@ -261,7 +209,7 @@ def _best(frame: pd.DataFrame, axes: Sequence[str], cells: pd.DataFrame, everyth
     if done.empty:
         return "No cell is done yet."
     best = done.nsmallest(1, SCORE).iloc[0]
-    point = ", ".join(f"{parallel.axis_name(a)} {value_text(best[a])}" for a in axes if not pd.isna(best[a]))
+    point = ", ".join(f"{parallel.axis_name(a)} {_text(best[a])}" for a in axes if not pd.isna(best[a]))
     text = f"Lowest: cell {best['number']} with FID {best[SCORE]:.2f} ({'; '.join([point, best['identity']])})"
     if len(done) == 1:
         return f"{text}, the only one."
@@ -284,13 +232,20 @@ def _best(frame: pd.DataFrame, axes: Sequence[str], cells: pd.DataFrame, everyth
     )
 
 
-def _importance_words(frame: pd.DataFrame, importance: dict[str, float] | None) -> str:
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _importance_words(frame: pd.DataFrame, importance: dict[str, float] | None, axes: Sequence[str]) -> str:
     count = int(frame["counts"].sum())
     if importance is None:
         return f"Importance needs {LEAST} cells that are done, and axes that vary among them: none is drawn."
+    absent = [parallel.axis_name(axis) for axis in axes if axis not in importance]
     return (
-        f"Importance: an axis' share in what sets the {_top(count)} best cells apart from all {count} that are done "
-        "(PED-ANOVA, Optuna); stopped cells are left out."
+        f"Importance: an axis' share in what sets the {top(count)} best cells apart from all {count} that are done "
+        "(PED-ANOVA, Optuna); stopped cells are left out"
+        + (f"; {', '.join(absent)}: too few cells or values" if absent else "")
+        + (f". Over {count} cells it is a hint at most." if count < MANY else ".")
     )
 
 
@@ -376,7 +331,7 @@ def _draw_pareto(panel: Axes, frame: pd.DataFrame, limits: tuple[float, float]) 
     front = frame[frame["front"]].sort_values(FLOPS)
     panel.plot(front[FLOPS], front[SCORE], drawstyle="steps-post", color=BEST, linewidth=1.5, zorder=4)
     _draw_cells(panel, frame, FLOPS, limits)
-    if frame[FLOPS].min() > 0 and frame[FLOPS].max() / frame[FLOPS].min() > parallel.DECADE:
+    if frame[FLOPS].min() > 0 and frame[FLOPS].max() / frame[FLOPS].min() > DECADE:
         panel.set_xscale("log")
     else:
         panel.margins(x=0.08)
@@ -404,7 +359,7 @@ def _draw_parallel(panel: Axes, data: SearchData, frame: pd.DataFrame) -> None:
     low, high = (done.min(), done.max()) if len(done) else (0.0, 1.0)
     if len(done) >= 10:  # a few bad cells would leave one colour to all others
         high = done.quantile(0.9)
-    norm = LogNorm(low, high) if low > 0 and high / low > parallel.DECADE else Normalize(low, high)
+    norm = LogNorm(low, high) if low > 0 and high / low > DECADE else Normalize(low, high)
     looks = [
         {"color": COLOURS(norm(score)), "linewidth": 2.4 if score == low else 1.1, "zorder": 3, "alpha": 0.95}
         if counts

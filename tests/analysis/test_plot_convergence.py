@@ -161,9 +161,9 @@ def test_half_finished_sweep(store):
     assert unfinished.sum() == 2 + 1 and data.frame.loc[unfinished, "mean"].isna().all()
     assert (data.frame.loc[~unfinished, "seeds"] == 1).all()
     for part in (
-        "2 of 5 cells done", "Faded, and in no line or mean: 1 unfinished (DiT, seed 1), 1 stopped early (SD-DiT, seed 0)",
+        "2 of 5 cells done", "Not recorded: DiT (EDM), seed 1.",
+        "Faded, and in no line or mean: 1 unfinished (DiT, seed 1), 1 stopped early (SD-DiT, seed 0)",
         "Done, but with fewer steps than 600: DiT (EDM), seed 0.", "Not evaluated yet: 1 cell (1 failed).",
-        "Not recorded: DiT (EDM), seed 1.",
     ):  # fmt: skip
         assert part in data.caption
     assert list(data.speedups["system"]) == ["DiT (EDM)", "DiT"]  # nothing of a cell that is not done
