@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis import common
 from sddit.config import FRESH_SEED
+from sddit.results import STATE_WORDS
 
 SCORE = "eval/fid"
 SPEAKING = ("system", "component")  # axes whose values need no name beside them
@@ -27,7 +28,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        words = (value_text(v) if a in SPEAKING else f"{axis_name(a)} {value_text(v)}" for a, v in self.point.items())
+        words = (
+            value_text(v) if a in SPEAKING else f"{common.axis_name(a)} {value_text(v)}" for a, v in self.point.items()
+        )
         return ", ".join(words) or "the one setting"
 
     def values(self, metric: str = SCORE, *, fresh: bool = False) -> dict[int, float]:
@@ -84,10 +87,6 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
     """Mean and 95 % t-interval; over infinite values there is no interval."""
     sample = list(values)
     return common.t_interval(sample) if np.isfinite(sample).all() else (np.inf, np.nan, np.nan)
-
-
-def axis_name(axis: str) -> str:
-    return axis.rpartition(".")[2].replace("_", " ")
 
 
 def value_text(value: Any) -> str:
@@ -160,4 +159,4 @@ def _difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
 def states_text(cells: Iterable[dict[str, Any]]) -> str:
     """'3 done, 1 stopped early'."""
     counts = Counter(c["state"] for c in cells)
-    return ", ".join(f"{n} {common.STATE_WORDS.get(state, state)}" for state, n in sorted(counts.items()))
+    return ", ".join(f"{n} {STATE_WORDS.get(state, state)}" for state, n in sorted(counts.items()))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from analysis import captions, common, style
 from analysis.common import SCORE
 from sddit.errors import SdditError, UsageError
-from sddit.results import load_cells, load_results, load_sweep
+from sddit.results import read_sweep
 
 SYSTEM = "system"  # the axis that names methods with all their settings
 INTERVAL = ["seeds", "mean", "low", "high"]  # number of seeds, mean and 95 % t-interval
@@ -245,9 +245,9 @@ def make(
     paper: bool,
 ) -> list[Path]:
     """Reads the sweep, writes the figure and its data to `out`, and gives their paths. Raises as `collect` does."""
-    table = load_results(sweep, tracking_uri, metrics=question.metrics)
-    data = collected(table, load_cells(sweep, tracking_uri), paper=paper)
-    if excluded := json.loads(load_sweep(sweep, tracking_uri).tags.get("sddit.excluded", "{}")):
+    table, cells, record = read_sweep(sweep, tracking_uri, metrics=question.metrics)
+    data = collected(table, cells, paper=paper)
+    if excluded := json.loads(record.tags.get("sddit.excluded", "{}")):
         reasons = common.listed(f"{label} ({reason})" for label, reason in excluded.items())
         data = replace(data, caption=f"{data.caption} Not part of the sweep: {reasons}.")
     return common.save(draw(data), data.frame, common.output_name(question.name, sweep, question.name), out)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import common
+from sddit.results import STATE_WORDS
 
 if TYPE_CHECKING:
     from analysis.axis import Question
@@ -82,7 +83,7 @@ def missing(
     faded = frame[frame["state"] != "done"]
     if len(faded):
         parts = [
-            f"{rows['identity'].nunique()} {common.STATE_WORDS.get(str(state), state)} ({named(rows)})"
+            f"{rows['identity'].nunique()} {STATE_WORDS.get(str(state), state)} ({named(rows)})"
             for state, rows in faded.groupby("state", sort=False)
         ]
         at = ", at the step they reached" if question.at_end else ""
@@ -98,7 +99,7 @@ def missing(
         rest = cells[~cells["identity"].isin(table["identity"])]
         if len(rest):
             counts = rest["state"].value_counts().items()
-            states = ", ".join(f"{n} {common.STATE_WORDS.get(str(s), s)}" for s, n in counts)
+            states = ", ".join(f"{n} {STATE_WORDS.get(str(s), s)}" for s, n in counts)
             sentences.append(f"Not evaluated yet: {common.counted(len(rest), 'cell')} ({states}).")
     elsewhere = table["identity"].nunique() - frame["identity"].nunique()
     if elsewhere:

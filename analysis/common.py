@@ -16,14 +16,13 @@ import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
 
 from analysis import style
 from sddit.config import FRESH_SEED
 from sddit.errors import SdditError, UsageError
+from sddit.intervals import t_interval
 
 SCORE = "eval/fid"  # in every record, whatever the features: the protocol names them
-STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
 
 # No dates, no versions: the same data give the same bytes.
 METADATA: dict[str, dict[str, Any]] = {
@@ -149,16 +148,6 @@ def last_done(frame: pd.DataFrame) -> int | None:
     return int(done.max()) if len(done) else None
 
 
-def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t-interval (mean, low, high) of independent values; with one value there is no interval (NaN)."""
-    sample = np.asarray(list(values), dtype=float)
-    mean = float(sample.mean())
-    if len(sample) < 2:
-        return mean, float("nan"), float("nan")
-    half = float(stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample)))
-    return mean, mean - half, mean + half
-
-
 class Difference(NamedTuple):
     """Of two settings over the seeds that both have: mean, 95 % t-interval (NaN below two seeds), number of seeds."""
 
@@ -207,6 +196,15 @@ def noise_floor(cells: pd.DataFrame) -> NoiseFloor | None:
 
 
 # --------------------------------------------------------------------------------------------------------- captions
+
+
+def axis_name(axis: str) -> str:
+    """
+    >>> axis_name("method.mask_ratio"), axis_name("method.name"), axis_name("system")
+    ('mask ratio', 'method', 'system')
+    """
+    section, _, name = axis.rpartition(".")
+    return (section if section and name == "name" else name).replace("_", " ")
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,9 +15,10 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 from analysis import common, style
 from analysis.axis import Axis, AxisData
 from analysis.common import SCORE
+from sddit.results import STATE_WORDS
 
 MAX_LEGEND_STEPS = 10
-STATE_LABELS = {**common.STATE_WORDS, "done": "fewer steps"}
+STATE_LABELS = {**STATE_WORDS, "done": "fewer steps"}
 MIXED = "#404040"  # the legend's colour where panels differ in theirs
 
 

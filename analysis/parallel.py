@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from analysis import common
 from sddit.config import SIZE_GRIDS
 
 ABSENT = -0.16  # where a cell stands that does not have the axis
@@ -19,15 +20,6 @@ MAX_MARKS = 6  # different numbers that have a mark each
 WIDE = 30.0  # highest over lowest, from which on a scale is logarithmic
 SIZES = list(SIZE_GRIDS["paper"])
 SPREAD = 0.05  # lines through one value are drawn beside each other, over so much of the scale
-
-
-def axis_name(axis: str) -> str:
-    """
-    >>> axis_name("method.mask_ratio"), axis_name("method.name"), axis_name("system")
-    ('mask ratio', 'method', 'system')
-    """
-    section, _, name = axis.rpartition(".")
-    return (section if section and name == "name" else name).replace("_", " ")
 
 
 def sorted_out(values: Sequence[Any]) -> list[float | str | None]:
@@ -137,7 +129,7 @@ def draw(panel: Axes, values: pd.DataFrame, looks: Sequence[dict[str, Any]]) -> 
                 i + 0.006 * width, place, mark, fontsize=7, va="center", zorder=6,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
             )  # fmt: skip
-        name = axis_name(str(axis))
+        name = common.axis_name(str(axis))
         panel.text(i, 1.07, name if len(name) < 9 else name.replace(" ", "\n"), ha="center", va="bottom", fontsize=8)
     for row, look in zip(places, looks, strict=True):
         panel.plot(np.arange(width + 1), row, **look)

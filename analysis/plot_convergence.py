@@ -24,7 +24,7 @@ from analysis import axis, captions, common, finals, lines, paper, speedup, styl
 from analysis.common import SCORE
 from analysis.finals import DEFAULT_RATE, RATE
 from sddit.errors import SdditError
-from sddit.results import load_cells, load_results
+from sddit.results import STATE_WORDS, read_sweep
 
 DEFAULT_SWEEP = "convergence"
 PANELS = {
@@ -202,7 +202,7 @@ def _missing(curves: axis.AxisData, table: pd.DataFrame, cells: pd.DataFrame) ->
     question = replace(curves.question, axes=())  # names of cells without the rate
     text = captions.missing(question, frame[frame[RATE] == DEFAULT_RATE], unevaluated, evaluated, ours)
     if len(states := others.loc[others["state"] != "done", "state"].value_counts()):
-        counts = ", ".join(f"{n} {common.STATE_WORDS.get(str(state), state)}" for state, n in states.items())
+        counts = ", ".join(f"{n} {STATE_WORDS.get(str(state), state)}" for state, n in states.items())
         text += f" Not drawn, at other learning rates: {counts}."
     return text.strip()
 
@@ -293,8 +293,8 @@ def figure(
 
     Raises as `collect` does.
     """
-    table = load_results(sweep, tracking_uri, metrics=speedup.COSTS)
-    data = collect(table, load_cells(sweep, tracking_uri), paper=paper)
+    table, cells, _ = read_sweep(sweep, tracking_uri, metrics=speedup.COSTS)
+    data = collect(table, cells, paper=paper)
     name = common.output_name("convergence", sweep, DEFAULT_SWEEP)
     shown = pd.concat([data.frame.assign(source="ours"), data.published.assign(source="paper")])
     paths = common.save(draw(data), shown if len(data.published) else data.frame, name, out)

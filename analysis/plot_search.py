@@ -8,7 +8,6 @@ Draws what there is of a sweep that is still running, and says what is missing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from analysis import common, lines, parallel, style
 from analysis.importance import LEAST, SCORE, importances, top
 from sddit.config import FRESH_SEED
 from sddit.errors import SdditError
-from sddit.results import AXIS_TAG, load_cells, load_results, load_sweep, parse_param
+from sddit.results import AXIS_TAG, parse_param, read_sweep
 
 DEFAULT_SWEEP = "search"
 FLOPS = "cost/flops"
@@ -169,7 +168,7 @@ def _reading(
     frame: pd.DataFrame, searched: pd.DataFrame, varied: Sequence[str], same: Sequence[str], twins: Sequence[str]
 ) -> str:
     def named(axes: Sequence[str]) -> str:
-        return ", ".join(map(parallel.axis_name, axes))
+        return ", ".join(map(common.axis_name, axes))
 
     done = frame[frame["counts"]]
     at = f" at step {int(done['step'].iloc[0]):,}, their last" if len(done) else ""
@@ -209,7 +208,7 @@ def _best(frame: pd.DataFrame, axes: Sequence[str], cells: pd.DataFrame, everyth
     if done.empty:
         return "No cell is done yet."
     best = done.nsmallest(1, SCORE).iloc[0]
-    point = ", ".join(f"{parallel.axis_name(a)} {_text(best[a])}" for a in axes if not pd.isna(best[a]))
+    point = ", ".join(f"{common.axis_name(a)} {_text(best[a])}" for a in axes if not pd.isna(best[a]))
     text = f"Lowest: cell {best['number']} with FID {best[SCORE]:.2f} ({'; '.join([point, best['identity']])})"
     if len(done) == 1:
         return f"{text}, the only one."
@@ -240,7 +239,7 @@ def _importance_words(frame: pd.DataFrame, importance: dict[str, float] | None, 
     count = int(frame["counts"].sum())
     if importance is None:
         return f"Importance needs {LEAST} cells that are done, and axes that vary among them: none is drawn."
-    absent = [parallel.axis_name(axis) for axis in axes if axis not in importance]
+    absent = [common.axis_name(axis) for axis in axes if axis not in importance]
     return (
         f"Importance: an axis' share in what sets the {top(count)} best cells apart from all {count} that are done "
         "(PED-ANOVA, Optuna); stopped cells are left out"
@@ -342,7 +341,7 @@ def _draw_importance(panel: Axes, data: SearchData) -> None:
     if data.importance is None:
         _say(panel, f"needs {LEAST} finished cells,\n{int(data.frame['counts'].sum())} so far")
         return
-    names = [parallel.axis_name(axis) for axis in data.importance]
+    names = [common.axis_name(axis) for axis in data.importance]
     panel.barh(names, list(data.importance.values()), color=LINE, height=0.65)
     panel.set_ylim(max(len(names), 6) - 0.4, -0.6)
     panel.set_xlim(0, 1)
@@ -405,9 +404,8 @@ def figure(
     sweep: str, tracking_uri: str | None = None, out: Path = Path("figures"), *, paper: bool = False
 ) -> list[Path]:
     """Reads the sweep, writes the figure and its data to `out`, and gives their paths. Raises as `collect` does."""
-    axes = json.loads(load_sweep(sweep, tracking_uri).tags.get("sddit.axes", "[]"))
-    table = load_results(sweep, tracking_uri, metrics=(FLOPS,))
-    data = collect(table, load_cells(sweep, tracking_uri), axes, paper=paper)
+    table, cells, record = read_sweep(sweep, tracking_uri, metrics=(FLOPS,))
+    data = collect(table, cells, record.axes, paper=paper)
     return common.save(draw(data), data.csv, common.output_name("search", sweep, DEFAULT_SWEEP), out)
 
 

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from analysis import axis, common, health, style
 from analysis.axis import INTERVAL
 from analysis.common import SCORE
+from sddit.results import STATE_WORDS
 
 COLOURS = "cividis"  # dark to light in grey as well, and alike to colour-blind readers
 STUDENT = axis.Axis("method.tau_student", "temperature of the student, τ$_S$", "τ_S", float)
@@ -112,7 +113,7 @@ def _why_missing(data: axis.AxisData, student: float, teacher: float) -> str:
     states = known.loc[(known[STUDENT.short] == student) & (known[TEACHER.short] == teacher), "state"]
     if states.empty:
         return "not run"
-    return "\n".join(common.STATE_WORDS.get(state, "no value").replace(" ", "\n") for state in states.unique())
+    return "\n".join(STATE_WORDS.get(state, "no value").replace(" ", "\n") for state in states.unique())
 
 
 def _lightness(colour: Any) -> float:

@@ -26,7 +26,6 @@ from analysis.answer import (
     SCORE,
     Setting,
     answer,
-    axis_name,
     collect,
     interval,
     ranked,
@@ -36,7 +35,7 @@ from analysis.answer import (
 )
 from analysis.page import Html, bullets, element, listed, page, section, table
 from analysis.tables import SCORES
-from sddit.results import default_tracking_uri, load_cells, load_sweep, open_record, without_password
+from sddit.results import STATE_WORDS, default_tracking_uri, open_record, read_sweep, without_password
 
 DEFAULT_SWEEP = "mask_ratio"
 LABELS = {f"eval/{name}": label for name, label in SCORES.items() if name != "fid"} | {
@@ -82,7 +81,7 @@ def read(sweep: str, tracking_uri: str | None = None, figures: Sequence[Path] | 
         TrackingError: the record cannot be reached, or does not exist.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for every grid
-    cells, record = load_cells(sweep, tracking_uri), load_sweep(sweep, tracking_uri)
+    _, cells, record = read_sweep(sweep, tracking_uri, metrics=())
     settings = collect(cells, record.axes)
     with open_record(sweep, tracking_uri) as (client, experiment), tempfile.TemporaryDirectory() as folder:
         only_cells, latest = "tags.`sddit.kind` = 'cell'", ["attributes.end_time DESC"]
@@ -157,7 +156,7 @@ def _table(report: Report) -> Html:
     confirmed = any(setting.values(fresh=True) for setting in report.settings)
     extractor = common.the_value(pd.DataFrame([cell["params"] for cell in done]), "eval.extractor")
     head = [
-        *map(axis_name, axes), "seeds", f"FID ↓ ({extractor})" if extractor else "FID ↓",
+        *map(common.axis_name, axes), "seeds", f"FID ↓ ({extractor})" if extractor else "FID ↓",
         *(["fresh seeds"] if confirmed else []), *(LABELS.get(key) or _readable(key) for key in others),
         "steps", "FLOPs a cell", "device-hours", "cells",
     ]  # fmt: skip
@@ -229,7 +228,7 @@ def _not_done(report: Report) -> Html:
             text += f" {(error or 'Cause not recorded.').splitlines()[-1]}" + (f" Log: {log}" if log else "")
         parts[cell["state"]].append(text)
     parts["impossible"] = [f"{label}: {reason}" for label, reason in json.loads(report.tag("excluded", "{}")).items()]
-    names = {"impossible": "Impossible"} | {state: word.capitalize() for state, word in common.STATE_WORDS.items()}
+    names = {"impossible": "Impossible"} | {state: word.capitalize() for state, word in STATE_WORDS.items()}
     return listed({f"{names[state]} ({len(items)})": bullets(items) for state, items in parts.items() if items})
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import common, finals, markup, paper
 from sddit.config import FRESH_SEED
 from sddit.errors import SdditError
-from sddit.results import load_cells, load_results, sweep_names
+from sddit.results import STATE_WORDS, read_sweep, sweep_names
 
 SCORES = {"fid": "FID ↓", "sfid": "sFID ↓", "is": "IS ↑", "precision": "Prec. ↑", "recall": "Rec. ↑"}
 DIAGNOSTICS = {"probe": "probe ↑", "copying": "copying", "sampling_sd": "FID sd"}  # by name in `finals`
@@ -82,7 +82,7 @@ def read(table: Table, sweep: str, tracking_uri: str | None = None) -> tuple[pd.
     if sweep == table.sweep and sweep not in sweep_names(tracking_uri):
         return None
     metrics = [finals.FLOPS, *(finals.DIAGNOSTICS[name] for name in table.diagnostics)]
-    return load_results(sweep, tracking_uri, metrics=metrics), load_cells(sweep, tracking_uri)
+    return read_sweep(sweep, tracking_uri, metrics=metrics)[:2]
 
 
 def collect(
@@ -197,7 +197,7 @@ def _our_remarks(
     if fresh:
         remarks.append(f"Not shown: {common.counted(fresh, 'cell')} of fresh seeds ({FRESH_SEED} and on).")
     if len(rest):
-        words = {**common.STATE_WORDS, "done": "done but without a score at its last step"}
+        words = {**STATE_WORDS, "done": "done but without a score at its last step"}
         counts = ", ".join(f"{n} {words.get(str(state), state)}" for state, n in rest["state"].value_counts().items())
         remarks.append(f"Not shown: {common.counted(len(rest), 'cell')} ({counts}).")
     if len(lengths := sorted({row["steps"] for row in rows})) > 1:

@@ -47,6 +47,7 @@ CELL_COLUMNS = [
 ]  # fmt: skip
 POINT = {"run_id": "str", "key": "str", "step": "int64", "value": "float64"}  # a row of a metric's history
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
 AXIS_TAG = "axis."  # of a cell: its value on each axis of its sweep
 FIRST_RUN = (
     "Run a sweep first, e.g. python sweeps/mask_ratio.py, or name another record with --tracking-uri or "

@@ -14,10 +14,10 @@ from sddit.comparison import Comparison, counted
 from sddit.comparison.settings import Setting, shown
 from sddit.comparison.statistics import LEVEL
 from sddit.config import FRESH_SEED
+from sddit.results import STATE_WORDS
 
 LETTERS = string.ascii_uppercase
 WIDTH = 110  # of paragraphs
-STATE_WORDS = {"pruned": "stopped early", "failed": "failed", "running": "unfinished"}
 
 
 def report(comparison: Comparison) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sddit.errors import SdditError, UsageError, did_you_mean
-from sddit.results import AXIS_TAG, load_cells, load_results, load_sweep, parse_param
+from sddit.results import AXIS_TAG, parse_param, read_sweep
 
 MIN_PREFIX = 4  # digits of an identity
 LISTED = 20  # settings in a message
@@ -52,9 +52,8 @@ class Sweep:
 
     def __init__(self, name: str, tracking_uri: str | None, metric: str) -> None:
         self.name = name
-        self.cells = load_cells(name, tracking_uri)
-        self.results = load_results(name, tracking_uri, metrics=(metric,))
-        self.axes: list[str] = json.loads(load_sweep(name, tracking_uri).tags.get("sddit.axes", "[]"))
+        self.results, self.cells, record = read_sweep(name, tracking_uri, metrics=(metric,))
+        self.axes = record.axes
         if self.cells.empty:
             raise SdditError(f"The sweep {name!r} has no cells yet. Run it first.")
         # By the names of axes, some of which are no fields, and of fields.
