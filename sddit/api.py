@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sddit.config import Experiment
-from sddit.errors import CheckpointError, UsageError
+from sddit.errors import CheckpointError, SupersededError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +77,8 @@ def train(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         result = run_cell(spec, lambda step, metrics: None, device=device)
         record.end_cell(run_id, "done")
+    except SupersededError:
+        raise  # what another process does with the run is its own
     except Exception as error:
         record.end_cell(run_id, "failed", error=str(error))
         raise

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sddit.config import Experiment
-from sddit.errors import UsageError
+from sddit.errors import TrackingError, UsageError
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,12 @@ def _run(
             held_out=diagnostics.held_out_images(experiment, sampler),
             should_stop=lambda: record.stop_asked,
         )
-    finally:
-        record.close()
+    except BaseException as reason:
+        # A scheduler ends a cell by an exception that is no error, and waits for it; an error is not to be hidden.
+        with contextlib.suppress(TrackingError):
+            record.close(60.0 if isinstance(reason, Exception) else 5.0)
+        raise
+    record.close()
     record.fence()
     return {"step": result.step, "finished": result.finished, "checkpoint": result.checkpoint, **result.metrics}
 

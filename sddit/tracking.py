@@ -27,7 +27,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,13 +36,16 @@ from sddit.errors import SupersededError, TrackingError, UsageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 HEARTBEAT_SECONDS = 10.0
 CLOCK_SECONDS = 5.0  # by which the start of one process may seem to differ
 SILENT_SECONDS = 60.0  # a remote owner silent for so long is taken over
+PATIENCE_SECONDS = 300.0  # for a store that does not answer while cells run
 SEND_SECONDS = 5.0  # points wait at most so long
 BATCH = 500  # points a call
 GRID_KEY = "samples/grid"
@@ -124,6 +127,26 @@ def _as_tracking_error(what: str) -> Iterator[None]:
         raise TrackingError(f"{what}: {_first_line(error)}.") from error
 
 
+def _patiently(what: str, call: Callable[[], T]) -> T:
+    """The call's answer, asked for again while the store does not answer: an outage of minutes must not end a cell.
+
+    Raises:
+        TrackingError: it lasted longer, or the store refuses the call.
+    """
+    from mlflow.exceptions import MlflowException
+
+    until, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
+    while True:
+        try:
+            return call()
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE" or time.monotonic() > until:
+                raise TrackingError(f"{what}: {_first_line(error)}.") from error
+            log.warning("MLflow does not answer (%s); asking again.", _first_line(error))
+        time.sleep(pause)
+        pause = min(15.0, 2 * pause)
+
+
 # -------------------------------------------------------------------------------------------------------- the driver
 
 
@@ -157,9 +180,10 @@ class Owner:
 
     def ask_to_stop(self) -> None:
         """Cells that belong to this claim see it at their next record, and stop after a checkpoint."""
-        owner = read_owner(self.client, self.run_id)
-        if owner.get("token") == self.token:
-            self.client.set_tag(self.run_id, "sddit.owner", json.dumps({**owner, "stop": True}))
+        with _as_tracking_error(f"{self.what} could not be stopped"):
+            owner = read_owner(self.client, self.run_id)
+            if owner.get("token") == self.token:
+                self.client.set_tag(self.run_id, "sddit.owner", json.dumps({**owner, "stop": True}))
 
     def confirm(self) -> None:
         """Checks that the claim stood: of two that start at once, the later writer has it. Call it a moment later.
@@ -167,30 +191,41 @@ class Owner:
         Raises:
             UsageError: another process has it.
         """
-        owner = read_owner(self.client, self.run_id)
+        with _as_tracking_error(f"{self.what} could not be claimed"):
+            owner = read_owner(self.client, self.run_id)
         if owner.get("token") != self.token:
             raise UsageError(
                 f"{self.what} was started by process {owner.get('pid')} on {owner.get('host')} at the same moment. "
                 "Wait for it, stop it, or choose another name with --name."
             )
 
+    def holds(self) -> bool:
+        """Whether the claim still stands, asked anew. An unreachable store is no proof that it does not."""
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):
+            self.lost = self.lost or read_owner(self.client, self.run_id).get("token") != self.token
+        return not self.lost
+
     def _beat(self) -> None:
         from mlflow.exceptions import MlflowException
 
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(MlflowException):  # an outage; the next beat tries again
-                if read_owner(self.client, self.run_id).get("token") != self.token:
-                    self.lost = True
+                if not self.holds():
                     return
                 self.client.set_tag(self.run_id, "sddit.heartbeat", repr(time.time()))
 
     def release(self, status: str | None = None) -> None:
         """Gives the run free, ended with `status` (FINISHED, FAILED, KILLED) where one is given."""
+        from mlflow.exceptions import MlflowException
+
         self._stop.set()
-        if read_owner(self.client, self.run_id).get("token") == self.token:
-            self.client.set_tag(self.run_id, "sddit.owner", "null")
-            if status:
-                self.client.set_terminated(self.run_id, status=status)
+        with contextlib.suppress(MlflowException):  # an outage: a dead owner is taken over
+            if self.holds():
+                self.client.set_tag(self.run_id, "sddit.owner", "null")
+                if status:
+                    self.client.set_terminated(self.run_id, status=status)
 
 
 class SweepRecord:
@@ -236,15 +271,20 @@ class SweepRecord:
         return experiment.experiment_id
 
     def _parent(self, question: str) -> str:
-        found = self.client.search_runs(
-            [self.experiment_id], "tags.`sddit.kind` = 'sweep'", order_by=["attributes.start_time ASC"], max_results=1
-        )
-        if found:
-            return found[0].info.run_id
+        if found := self._parents():
+            return found[0]
         tags = {"sddit.kind": "sweep", "mlflow.user": _user(), "mlflow.source.name": self.sweep}
         if question:
             tags["sddit.question"] = question
-        return self.client.create_run(self.experiment_id, run_name=self.sweep, tags=tags).info.run_id
+        mine = self.client.create_run(self.experiment_id, run_name=self.sweep, tags=tags).info.run_id
+        if (oldest := self._parents()[0]) != mine:  # another driver opened the sweep at the same moment
+            self.client.delete_run(mine)
+        return oldest
+
+    def _parents(self) -> list[str]:
+        """The sweep's own runs, oldest first."""
+        found = self.client.search_runs([self.experiment_id], "tags.`sddit.kind` = 'sweep'")
+        return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
 
     # ---- cells
 
@@ -266,6 +306,7 @@ class SweepRecord:
             "sddit.kind": "cell",
             "sddit.identity": identity,
             "sddit.state": "running",
+            "sddit.error": "",  # of an earlier start
             "sddit.steps": str(experiment.train.steps),
             "sddit.workers": str(experiment.resources.workers),
             "sddit.code": code_revision(),
@@ -275,15 +316,19 @@ class SweepRecord:
             "mlflow.source.name": self.sweep,
             "mlflow.source.type": "LOCAL",
         }
+        fields = {**experiment.digest_fields(), "data.digest": data_digest}
+        params = [Param(k, _param(v)) for k, v in fields.items()]
         with _as_tracking_error(f"Cell {identity} could not be recorded"):
             if run_id is None:
                 name = f"{label}-{experiment.method.name}-s{experiment.seed}-{identity}"
                 run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-                fields = {**experiment.digest_fields(), "data.digest": data_digest}
-                params = [Param(k, _param(v)) for k, v in fields.items()]
                 self.client.log_batch(run_id, params=params)
             else:
-                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+                # Params are logged only where a kill came before them: later fields must not be added to a cell.
+                known = self.client.get_run(run_id).data.params
+                self.client.log_batch(
+                    run_id, tags=[RunTag(k, v) for k, v in tags.items()], params=[] if known else params
+                )
                 self.client.update_run(run_id, status="RUNNING")
         return run_id
 
@@ -292,15 +337,18 @@ class SweepRecord:
         from mlflow.entities import RunTag
 
         tags = {"sddit.state": state, "sddit.error": error[:5000], "sddit.log": log_file}
-        with _as_tracking_error(f"The end of run {run_id} could not be recorded"):
+
+        def write() -> None:
             self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             self.client.set_terminated(run_id, status="FAILED" if state == "failed" else "FINISHED")
+
+        _patiently(f"The end of run {run_id} could not be recorded", write)
         _analyse(self.uri)
 
     def interrupt_cell(self, run_id: str) -> None:
         """A cell has stopped after a checkpoint and goes on with the next command: its state stays 'running'."""
-        with _as_tracking_error(f"The stop of run {run_id} could not be recorded"):
-            self.client.set_terminated(run_id, status="KILLED")
+        write = functools.partial(self.client.set_terminated, run_id, status="KILLED")
+        _patiently(f"The stop of run {run_id} could not be recorded", write)
 
     def read_step(self, run_id: str) -> int:
         """The step that a running cell has recorded last."""
@@ -412,14 +460,8 @@ class CellRecord:
     ) -> None:
         self.client = open_client(uri)
         self.run_id, self.owned_run, self.token, self.report = run_id, owned_run, token, report
-        with _as_tracking_error(f"Run {run_id} could not be read"):
-            run = self.client.get_run(run_id)
-            self._start_time = run.info.start_time
-            # The first value recorded for a step stays: speeds and costs differ when a resume computes them again.
-            self._known = {
-                (key, m.step) for key in run.data.metrics for m in self.client.get_metric_history(run_id, key)
-            }
-            self._grids = _recorded_grids(self.client, run_id)
+        run, self._known, self._grids = _patiently(f"Run {run_id} could not be read", self._recorded)
+        self._start_time = run.info.start_time
         self._queue: deque[list[Any]] = (
             deque()
         )  # ['points', step, {…}], ['grid', step, png in base64], ['tag', name, value]
@@ -429,6 +471,13 @@ class CellRecord:
         self.stop_asked = False  # by the driver, through its claim
         self._thread = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
         self._thread.start()
+
+    def _recorded(self) -> tuple[Run, set[tuple[str, int]], set[int]]:
+        """The run, its points and its grids. The first value recorded for a step stays: speeds and costs differ when a
+        resume computes them again."""
+        run = self.client.get_run(self.run_id)
+        known = {(key, m.step) for key in run.data.metrics for m in self.client.get_metric_history(self.run_id, key)}
+        return run, known, _recorded_grids(self.client, self.run_id)
 
     # ---- Reporter
 
@@ -611,7 +660,7 @@ class NullRecord:
 
     def fence(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, timeout: float = 60.0) -> None: ...
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         self.report(step, metrics)

@@ -28,14 +28,13 @@ def suggest(trial: Any) -> dict[str, Any]:
     noise = trial.suggest_categorical("teacher_noise", ["fixed", "drawn", "student"])
     if noise == "fixed":
         noise = trial.suggest_float("method.teacher_sigma", 0.002, 1.0, log=True)
-    tau_teacher = trial.suggest_float("method.tau_teacher", 0.01, 0.1, log=True)
     return settings | {
         "method.teacher_sigma": noise,
         "method.tau_student": trial.suggest_float("method.tau_student", 0.03, 0.3, log=True),
-        "method.tau_teacher": tau_teacher,
-        "method.tau_teacher_cls": tau_teacher,
+        "method.tau_teacher": trial.suggest_float("method.tau_teacher", 0.01, 0.1, log=True),
+        "method.tau_teacher_cls": trial.suggest_float("method.tau_teacher_cls", 0.01, 0.1, log=True),
         "method.lambda_d": trial.suggest_float("method.lambda_d", 0.01, 1.0, log=True),
-        "method.teacher_momentum": 1 - trial.suggest_float("1 - teacher_momentum", 1e-4, 0.2, log=True),
+        "method.teacher_momentum": 1 - trial.suggest_float("1 - teacher_momentum", 5e-5, 0.2, log=True),
     }
 
 
@@ -49,6 +48,7 @@ def first(base: Experiment) -> list[dict[str, Any]]:
         "teacher_noise": "fixed",
         "method.teacher_sigma": method.teacher_sigma,
         "method.tau_teacher": method.tau_teacher,
+        "method.tau_teacher_cls": method.tau_teacher_cls,
         "method.tau_student": method.tau_student,
         "method.lambda_d": method.lambda_d,
         "1 - teacher_momentum": 1 - method.teacher_momentum,

@@ -6,6 +6,7 @@ Environment variables that Ray reads at import are set here, so import this modu
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -134,6 +135,7 @@ def nodes() -> list[Node]:
     return [Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0), memory.get(node, 0.0)) for node, r in found]
 
 
+@functools.cache
 def this_machine() -> Node:
     """What Ray would find here, roughly, without starting it."""
     import psutil

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sddit.orchestration.sweep import Job
 
 GB = 1e9
+KEEP_SECONDS = 60.0
 
 
 class Driver:
@@ -49,6 +50,8 @@ class Driver:
         self.taken = {plan.twin_key(p.cell) for p in planned}
         self.console = console
         self.stopping = False  # the budget is used: running cells stop after a checkpoint, and none is started
+        self.stop_asked = False
+        self.kept_spent = time.monotonic()  # when the device-hours were last kept in the record
         self.scratch = tempfile.mkdtemp(prefix="sddit-")  # Tune's and Train's own files, which nothing relies on
         rows = [_row(p, waiting=p in missing) for p in planned]
         self.progress = Progress(
@@ -64,23 +67,26 @@ class Driver:
         """
         job, workers = self.job, self.job.base.resources.workers
         choices = {
-            axis: _unique([*values, *(p.point[axis] for p in job.cells if axis in p.point)])
-            for axis, values in job.space.axes.items()
+            axis: list(dict.fromkeys([*values, *(p.point[axis] for p in job.cells if axis in p.point)]))
+            for axis, values in job.chosen.items()
         }
         outcomes = self._outcomes() if job.searches or job.flags.asha else []
-        waiting = [p.cell.point for p in self.missing]
+        going_on = {p.cell.identity for p in self.missing}
         study = searcher.build_study(
-            job.space, choices, outcomes if job.searches else [], waiting,
+            job.space,
+            choices,
+            [o for o in outcomes if job.searches and o.identity not in going_on],
+            [p.cell.point for p in self.missing],
             with_cost=job.flags.objective == "fid,cost",
-            journal=self.journal if job.searches else None,
-        )  # fmt: skip
+            journal=job.journal if job.searches else None,
+        )
         if workers == 1:
             trainable = tune.with_resources(trial.train_in_process, dict(self.placement.per_worker))
         else:
             # Any fraction of a CPU here would be missing from a worker and serialise the cells (ray.md §1).
             trainable = tune.with_resources(trial.train_on_workers, {"node:__internal_head__": 0.001})
         scheduler = None
-        if job.flags.asha:
+        if job.flags.asha and not job.flags.confirm:  # fresh seeds that were stopped would be picked again
             every, steps = job.base.eval.every, job.base.train.steps
             self.console.print(searcher.describe_ladder(every, steps))
             if searcher.rungs(every, steps):
@@ -93,7 +99,7 @@ class Driver:
                     lambda trial: searcher.ask(job.space, choices, trial),
                     self.propose,
                     self.ended,
-                    closed=lambda: self.stopping,
+                    closed=lambda: self.stopping or self.owner.lost,
                 ),
                 scheduler=scheduler,
                 num_samples=samples,
@@ -111,13 +117,16 @@ class Driver:
         try:
             with self.progress:
                 tuner.fit()
+        except KeyboardInterrupt:
+            for row in self.progress.rows:
+                if row.state == "running" and row.run_id:
+                    self.record.interrupt_cell(row.run_id)
+            raise
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
-
-    @property
-    def journal(self) -> Path:
-        """The study as a file for Optuna's dashboard; derived from the record, so it may be thrown away."""
-        return Path("runs") / self.job.name / "study.journal"
+        if self.owner.lost:
+            raise SdditError(f"Another driver has taken sweep {job.name!r} over; this one stops.")
+        self._keep_spent()
 
     def _outcomes(self) -> list[plan.Outcome]:
         recorded = results.load_cells(self.job.name, self.job.uri)
@@ -133,7 +142,9 @@ class Driver:
             try:
                 planned = Planned(self.job.space.cell(point, seed=0))
             except UsageError as error:
-                self.console.print(f"Excluded: {plan.label_of(point)}: {str(error).splitlines()[0]}")
+                if (key := json.dumps(point, default=str)) not in self.taken:
+                    self.console.print(f"Excluded: {plan.label_of(point)}: {str(error).splitlines()[0]}")
+                self.taken.add(key)
                 return None
             if plan.twin_key(planned.cell) in self.taken:
                 return None
@@ -177,21 +188,21 @@ class Driver:
 
     def reported(self, identity: str, result: dict[str, Any]) -> None:
         """An evaluation of a running cell is known."""
-        if self.owner.lost:
-            raise SdditError(f"Another driver has taken sweep {self.job.name!r} over; this one stops.")
         row = self.progress.row(identity)
         if "eval/fid" in result:
             row.step, row.fid = int(result["step"]), float(result["eval/fid"])
             self.progress.say(row)
 
     def ended(self, config: dict[str, Any], state: str, result: dict[str, Any]) -> None:
-        """A cell is over; the record says how."""
+        """A cell is over; the record says how, unless it belongs to another driver by now."""
         row = self.progress.row(config["identity"])
         error = str(result.get("error") or "")
         if state == "failed":
             row.note = (error or row.note or "its process died").strip().splitlines()[-1]
         row.state, row.ended = state, time.monotonic()
         row.step = max(row.step, int(result.get("step", 0)))
+        if not self.owner.holds():
+            return
         if state == "interrupted":
             self.record.interrupt_cell(config["spec"]["run_id"])
         else:
@@ -207,11 +218,18 @@ class Driver:
         return self.job.spent + here * workers / 3600
 
     def tick(self) -> None:
-        """Now and then: asks the running cells to stop when the budget is used."""
+        """Now and then: keeps what is spent, and asks the running cells to stop when the budget is used."""
         budget = self.job.flags.budget_hours
-        if budget is not None and not self.stopping and self.spent() >= budget:
-            self.stopping = True
+        self.stopping = self.stopping or (budget is not None and self.spent() >= budget)
+        if self.stopping and not self.stop_asked:
             self.owner.ask_to_stop()
+            self.stop_asked = True
+        if time.monotonic() - self.kept_spent > KEEP_SECONDS:
+            self._keep_spent()
+
+    def _keep_spent(self) -> None:
+        self.kept_spent = time.monotonic()
+        self.record.set_tags({"sddit.device_hours": f"{self.spent():.6g}"})
 
     def learn(self, speeds: Speeds, expected: Forecast) -> None:
         """Sets the prediction beside what the cells took, and keeps their speed for the next plan."""
@@ -232,8 +250,11 @@ class Driver:
             )
 
     def crashed(self, identity: str, reason: str) -> None:
-        """A cell's process ended with an exception, for the last time."""
-        self.progress.row(identity).note = reason
+        """A cell's process ended with an exception, for the last time. `ended` came first and did not know it."""
+        row = self.progress.row(identity)
+        row.note = reason
+        if row.run_id and self.owner.holds():
+            self.record.end_cell(row.run_id, "failed", error=reason, log_file=self.logs)
 
     def slim(self, limit: float) -> None:
         """Keeps all checkpoints of the sweep under `limit` bytes: oldest done cells lose what going on needs."""
@@ -278,7 +299,3 @@ def _row(planned: Planned, *, waiting: bool) -> Row:
         planned.fid,
         planned.run_id,
     )
-
-
-def _unique(values: list[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))

@@ -38,9 +38,9 @@ def finish(job: Job, record: SweepRecord, console: Console) -> None:
         record.artifact(path)
     for path in _drawn("analysis.report", console, lambda draw: [draw.report(job.name, job.uri, FIGURES, files)]):
         record.artifact(path, "report.html")
-    if (journal := Path("runs") / job.name / "study.journal").exists():
-        record.artifact(journal)
-        console.print(f"Optuna's dashboard: optuna-dashboard {journal}")
+    if job.searches and job.journal.exists():
+        record.artifact(job.journal)
+        console.print(f"Optuna's dashboard: optuna-dashboard {job.journal}")
     console.print(f"MLflow UI: {ui_line(job.uri)}")
     link = ui_link(job.uri, record.experiment_id)
     console.print(f"  then open {link} or, for charts, {link}&compareRunsMode=CHART")
@@ -50,8 +50,9 @@ def _drawn(module: str, console: Console, draw: Callable[[Any], list[Path]]) -> 
     """The files that a module of `analysis` draws; none, and the reason, where it cannot."""
     try:
         return draw(importlib.import_module(module))
-    except SdditError as error:
-        console.print(f"{module.rpartition('.')[2]}: {error}")
+    except Exception as error:  # whatever it is, what was trained is done and recorded
+        kind = "" if isinstance(error, SdditError) else f"{type(error).__name__} while drawing: "
+        console.print(f"{module.rpartition('.')[2]}: {kind}{error}")
         return []
 
 
@@ -60,6 +61,7 @@ def best_lines(cells: pd.DataFrame, axes: list[str]) -> list[str]:
     rows = [r for r in cells.to_dict("records") if r["state"] == "done" and "eval/fid" in r["metrics"]]
     if not rows:
         return ["No cell is done yet."]
+    rows = [row for row in rows if row["step"] == max(row["step"] for row in rows)]  # only equal lengths compare
     scores: dict[str, dict[int, float]] = {}
     for row in rows:
         label = label_of(point_of(row, axes))

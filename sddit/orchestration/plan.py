@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from sddit import cost, presets
-from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, NotInDigest, flatten
+from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, flatten
 from sddit.data import content_digest, open_manifest
 from sddit.data.manifest import Manifest
-from sddit.errors import UsageError
+from sddit.errors import UsageError, did_you_mean
 from sddit.results import AXIS_TAG, parse_param
 
 Settings = dict[str, Any]  # dotted field → value
@@ -39,7 +39,8 @@ class Space:
     Args:
         preset, method: the base experiment, but for `method.name` among the settings of an axis.
         changes: fields set for every cell whose method has them.
-        axes: dotted field → its values, or a word of one's own → named settings.
+        axes: dotted field → its values, or a word of one's own → named settings; as declared, whichever of them a
+            command asks for.
         ties: field → the axis whose value it takes as well.
         suggest: settings of an Optuna trial, define by run; instead of `axes`.
         fields: the fields that `suggest` may set.
@@ -62,17 +63,18 @@ class Space:
         if self.suggest:
             import optuna
 
-            try:
-                return self.suggest(optuna.trial.FixedTrial(point))
-            except ValueError:  # a cell of a grid, or of an earlier range
-                return {name: value for name, value in point.items() if "." in name}
+            if set(point) <= set(self.fields):  # a cell of a grid, or of an earlier range
+                return dict(point)
+            return self.suggest(optuna.trial.FixedTrial(point))
         settings: Settings = {}
         for axis, value in point.items():
-            named = self.axes[axis]
-            if isinstance(named, Mapping):
+            named = self.axes.get(axis)
+            if not isinstance(named, Mapping):
+                settings[axis] = value
+            elif value in named:
                 settings |= named[value]
             else:
-                settings[axis] = value
+                raise UsageError(f"{axis} has no setting {value!r}. {did_you_mean(str(value), named)}")
         return settings | {name: point[axis] for name, axis in self.ties.items()}
 
     def cell(self, point: Point, seed: int) -> Cell:
@@ -101,18 +103,20 @@ class Space:
                 settings[name] = value(changes.get(name, known[name]))
         return plain.replace({**changes, **settings})
 
+    def base(self) -> Experiment:
+        """The first of the named settings of each axis: what all cells share beside their methods."""
+        firsts = [next(iter(axis.values())) for axis in self.axes.values() if isinstance(axis, Mapping)]
+        return self.experiment({name: value for settings in firsts for name, value in settings.items()})
+
     @cached_property
-    def touched(self) -> set[str]:
-        """The fields in which cells may differ."""
-        named = [set(s) for axis in self.axes.values() if isinstance(axis, Mapping) for s in axis.values()]
-        plain = {name for name, axis in self.axes.items() if not isinstance(axis, Mapping)}
-        return plain.union(self.ties, self.fields, *named)
+    def methods(self) -> list[str]:
+        """Those of the declared cells."""
+        named = [s for axis in self.axes.values() if isinstance(axis, Mapping) for s in axis.values()]
+        return list(dict.fromkeys(settings.get("method.name", self.method) for settings in named)) or [self.method]
 
     @cached_property
     def _fields_of_methods(self) -> set[str]:
-        named = [s for axis in self.axes.values() if isinstance(axis, Mapping) for s in axis.values()]
-        methods = {self.method} | {s["method.name"] for s in named if "method.name" in s}
-        return {f"method.{name}" for method in methods for name in METHOD_CONFIGS[method].model_fields}
+        return {f"method.{name}" for method in self.methods for name in METHOD_CONFIGS[method].model_fields}
 
 
 @dataclass(frozen=True)
@@ -166,14 +170,14 @@ class Outcome:
     identity: str = ""
 
 
-def grid(space: Space, seeds: Iterable[int]) -> tuple[list[Cell], dict[str, str]]:
-    """All axis values times seeds, seeds outermost, so that a first picture of every value comes early; and, by their
-    labels, the combinations that cannot be, with the reason.
+def grid(space: Space, axes: Mapping[str, Iterable[Any]], seeds: Iterable[int]) -> tuple[list[Cell], dict[str, str]]:
+    """All values of `axes` times seeds, seeds outermost, so that a first picture of every value comes early; and, by
+    their labels, the combinations that cannot be, with the reason.
 
     Raises:
         UsageError: a value of an axis is possible with no value of the others, or two plain values are one cell.
     """
-    points = [dict(zip(space.axes, values, strict=True)) for values in itertools.product(*space.axes.values())]
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     excluded: dict[str, str] = {}
     errors: dict[int, UsageError] = {}
     seen: dict[str, Cell] = {}
@@ -186,7 +190,7 @@ def grid(space: Space, seeds: Iterable[int]) -> tuple[list[Cell], dict[str, str]
             excluded[label_of(point)] = str(error).splitlines()[0]
             continue
         if (twin := seen.setdefault(twin_key(cell), cell)) is not cell:
-            differ = [axis for axis in space.axes if twin.point[axis] != cell.point[axis]]
+            differ = [axis for axis in axes if twin.point[axis] != cell.point[axis]]
             if not any(isinstance(space.axes[axis], Mapping) for axis in differ):
                 raise UsageError(
                     f"{twin.label} and {cell.label} are one cell{_why(twin, cell)}. Leave one of them out."
@@ -194,7 +198,7 @@ def grid(space: Space, seeds: Iterable[int]) -> tuple[list[Cell], dict[str, str]
             excluded[cell.label] = f"the same as {twin.label}{_why(twin, cell)}"
             continue
         kept.append(point)
-    for axis, values in space.axes.items():
+    for axis, values in axes.items():
         for value in values:
             with_value = [i for i, point in enumerate(points) if point[axis] is value]
             if all(i in errors for i in with_value):
@@ -234,30 +238,41 @@ def plan(cells: Iterable[Cell], recorded: pd.DataFrame) -> list[Planned]:
     return planned
 
 
-def base_fields(space: Space, declared: Point, data_digest: str) -> dict[str, Any]:
-    """What a sweep's name stands for: all fields of the digest but those of axes and the seed.
+def base_fields(space: Space, data_digest: str) -> dict[str, Any]:
+    """What a sweep's name stands for: all fields of the digest but those of plain axes and the seed.
 
-    `declared` is the first point of the axes as declared, whatever values a command asks for. A field that only other
-    methods of the sweep have is in it where it was set.
+    Of a sweep over several methods those of each, by 'method: field', where they are not the field's default: the tag
+    that keeps them holds 8000 characters.
     """
-    experiment = space.experiment({} if space.suggest else space.settings(declared))
-    own = flatten(experiment.model_dump())
-    others = {k: v for k, v in space.changes.items() if k not in own and NotInDigest not in _metadata(k)}
-    fields = others | experiment.digest_fields() | {"data.digest": data_digest}
-    return {k: v for k, v in fields.items() if k not in {*space.touched, "seed"}}
+    free = {"seed", *space.ties, *space.fields, *(k for k, v in space.axes.items() if not isinstance(v, Mapping))}
+    base: dict[str, Any] = {"data.digest": data_digest}
+    for method in space.methods:
+        try:
+            experiment = space.experiment({"method.name": method})
+        except UsageError as error:  # its cells are excluded
+            base[f"{method}: impossible"] = str(error).splitlines()[0][:150]
+            continue
+        fields = {k: v for k, v in experiment.digest_fields().items() if k not in free}
+        if len(space.methods) > 1:
+            plain = default_fields(space)
+            fields = {k: v for name, v in fields.items() if plain.get(k := f"{method}: {name}") != v}
+        base |= fields
+    return base
 
 
-def _metadata(field_of_a_method: str) -> list[Any]:
-    name = field_of_a_method.removeprefix("method.")
-    return [mark for config in METHOD_CONFIGS.values() if name in config.model_fields
-            for mark in config.model_fields[name].metadata]  # fmt: skip
+def default_fields(space: Space) -> dict[str, Any]:
+    """What a field of a base is where it is not recorded."""
+    fields = {m: Experiment(method=METHOD_CONFIGS[m]()).digest_fields() for m in space.methods}  # type: ignore[arg-type]
+    if len(space.methods) == 1:
+        return fields[space.methods[0]]
+    return {f"{method}: {name}": v for method, known in fields.items() for name, v in known.items()}
 
 
 def refuse_other_base(
     name: str, before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], taken: Iterable[str]
 ) -> None:
     """Refuses a command that would give an existing sweep another base. `defaults` are those of fields that one of
-    them does not have: the project did not have them when the sweep began, or nobody set them.
+    the two does not have: the project did not have them when the sweep began, or they are as usual.
 
     Raises:
         UsageError: with the fields that differ and a free name.
@@ -302,19 +317,19 @@ def device_hours(row: Mapping[Any, Any]) -> float:
     return max(row["metrics"].get("cost/device_hours", 0.0), float(row["tags"].get("sddit.device_hours", 0)))
 
 
-def best_point(planned: Iterable[Planned], missing: Callable[[Planned], bool]) -> Point:
-    """The point with the lowest mean FID at the last step over its seeds.
+def best_point(planned: Iterable[Planned], missing: int) -> Point:
+    """The point with the lowest mean FID at the last step over its seeds, when no cell is `missing` any more.
 
     Raises:
         UsageError: the sweep is not finished, so that nothing can be picked yet.
     """
+    if missing:
+        raise UsageError(
+            f"--confirm picks the best of a finished sweep, but {missing} cells are missing. Run it without first."
+        )
     scores: dict[str, list[float]] = {}
     points: dict[str, Point] = {}
     for p in planned:
-        if missing(p):
-            raise UsageError(
-                "--confirm picks the best of a finished sweep, but cells are missing. Run it without first."
-            )
         if p.state == "done" and p.fid is not None and p.cell.experiment.seed < FRESH_SEED:
             scores.setdefault(p.cell.label, []).append(p.fid)
             points[p.cell.label] = p.cell.point

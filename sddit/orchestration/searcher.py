@@ -22,7 +22,6 @@ from ray.tune.search import Searcher
 from sddit.orchestration.plan import Outcome, Point, Space
 
 OBJECTIVE = "eval/fid"
-FLOPS = "cost/flops"
 ATTEMPTS = 100  # suggestions in a row that are cells already asked for, before the space counts as exhausted
 REDUCTION = 3  # of ASHA: one in three goes on at a rung
 
@@ -41,13 +40,12 @@ def build_study(
     outcomes: Iterable[Outcome],
     waiting: Iterable[Point],
     *,
-    seed: int = 0,
     with_cost: bool = False,
     journal: Path | None = None,
 ) -> optuna.Study:
     """A study that knows every finished and stopped cell, with the points that wait in its queue.
 
-    The sampler's seed depends on how much is known, so a suggestion is not repeated after a restart.
+    The sampler's seed depends on how much is known, so a suggestion is rarely repeated after a restart.
 
     Args:
         choices: values of each axis, those of recorded cells included.
@@ -57,7 +55,7 @@ def build_study(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`, and names of the objectives
     outcomes = [o for o in outcomes if o.fid and o.state in ("done", "pruned")]
-    digest = hashlib.blake2b(f"{seed}/{len(outcomes)}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(str(len(outcomes)).encode(), digest_size=4).digest()
     sampler = optuna.samplers.TPESampler(
         seed=int.from_bytes(digest, "little"),
         multivariate=True,
@@ -147,6 +145,8 @@ class StudySearcher(Searcher):
             values = _values(result[OBJECTIVE], config["flops"], self.with_cost)
         else:
             state, told = "pruned", TrialState.PRUNED
+            if not self.with_cost:  # Tune does not tell of the result that stops a trial
+                trial.report(_finite(result[OBJECTIVE]), int(result["step"]))
         self.study.tell(trial, values, state=told)
         self.ended(config, state, result)
 
@@ -180,7 +180,8 @@ def describe_ladder(every: int, steps: int) -> str:
 
 class CellASHA(ASHAScheduler):
     """Tune's ASHA on FID by optimiser step, its trials known by their cells' identities: so its rungs can be filled
-    from the record, and a cell that goes on after a kill is not judged twice at one rung."""
+    from the record, and a cell that goes on after a kill is not judged twice at one rung. An evaluation that was
+    recorded but not reported when the kill came is in the rung without having been judged."""
 
     def __init__(self, every: int, steps: int, outcomes: Iterable[Outcome]) -> None:
         super().__init__(
@@ -191,7 +192,7 @@ class CellASHA(ASHAScheduler):
             trial: Any = SimpleNamespace(config={"identity": outcome.identity})
             self.on_trial_add(None, trial)
             for step, fid in sorted(outcome.fid.items()):
-                self.on_trial_result(None, trial, {"step": step, OBJECTIVE: _finite(fid)})
+                self.on_trial_result(None, trial, {"step": step, OBJECTIVE: fid})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _as_cell(trial))
@@ -199,6 +200,8 @@ class CellASHA(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get("step", 0) >= self.steps:  # a cell ends by itself, after its record and checkpoints
             return self.CONTINUE
+        if OBJECTIVE in result:
+            result = {**result, OBJECTIVE: _finite(result[OBJECTIVE])}
         return super().on_trial_result(tune_controller, _as_cell(trial), result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

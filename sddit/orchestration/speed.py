@@ -5,6 +5,7 @@ After a sweep the speed that its cells really had replaces the calibration, so p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -23,7 +24,10 @@ from sddit import cost
 from sddit.config import Experiment
 from sddit.data import cache_dir
 from sddit.errors import SdditError
+from sddit.orchestration import cluster
 from sddit.orchestration.plan import Cell
+
+MOST_ON_CPU, MOST_ON_GPU = 2e11, 2e14  # FLOPs of a step that is timed some twenty times, with a few samples
 
 
 class Speeds:
@@ -32,14 +36,21 @@ class Speeds:
     def __init__(self) -> None:
         self.known = _read()
 
-    def measure(self, experiments: Iterable[Experiment], side_by_side: int, console: Console) -> None:
+    def measure(
+        self, experiments: Iterable[Experiment], shape: cost.Shape, side_by_side: int, console: Console
+    ) -> None:
         """Calibrates what is not known yet, some seconds a kind, in processes of their own (the driver imports no
-        torch): as many as cells will run side by side, since they share caches and memory.
+        torch): as many as cells will run side by side, since they share caches and memory. What would take this
+        machine minutes is left unknown.
 
         Raises:
             SdditError: the calibration failed.
         """
         kinds = {_key(e): e for e in experiments if _key(e) not in self.known}
+        most = MOST_ON_GPU if cluster.this_machine().gpus else MOST_ON_CPU
+        large = [k for k, e in kinds.items() if cost.training_flops_per_image(e, shape) * e.train.batch_size > most]
+        for key in large:
+            console.print(f"Speed of {kinds.pop(key).model.size} not measured: a step takes this machine too long.")
         if not kinds:
             return
         number = f"{len(kinds)} kinds of experiment" if len(kinds) > 1 else "one kind of experiment"
@@ -105,9 +116,12 @@ def _measured(cell: Cell, row: Mapping[Any, Any]) -> cost.Speed | None:
 
 
 def _key(experiment: Experiment) -> str:
-    model, train = experiment.model, experiment.train
-    parts = [processor(), experiment.method.name, experiment.diffusion.kind, model.size, model.grid, train.batch_size]
-    return " | ".join(map(str, [*parts, train.precision, experiment.data.path, experiment.resources.cpus_per_worker]))
+    model, train, resources = experiment.model, experiment.train, experiment.resources
+    gpu = cluster.this_machine().gpus and resources.gpus_per_worker != 0
+    parts = ["GPU" if gpu else processor(), experiment.method.name, experiment.diffusion.kind, model.size, model.grid]
+    return " | ".join(
+        map(str, [*parts, train.batch_size, train.precision, experiment.data.path, resources.cpus_per_worker])
+    )
 
 
 def processor() -> str:
@@ -127,7 +141,8 @@ def _read() -> dict[str, cost.Speed]:
 
 def _write(key: str, measured: cost.Speed) -> None:
     path = cache_dir() / "speed.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({k: asdict(v) for k, v in {**_read(), key: measured}.items()}, indent=1))
-    part.replace(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a calibration, no sweep
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({k: asdict(v) for k, v in {**_read(), key: measured}.items()}, indent=1))
+        part.replace(path)

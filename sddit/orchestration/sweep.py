@@ -9,9 +9,11 @@ import json
 import os
 import shlex
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,11 +22,12 @@ import tyro
 from rich.console import Console
 
 from sddit import cost
-from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, parse_assignment
+from sddit.config import FRESH_SEED, Experiment, parse_assignment
 from sddit.environment import check_environment
 from sddit.errors import UsageError, did_you_mean, run_script
 from sddit.orchestration import cluster, plan
 from sddit.orchestration.plan import Cell, Planned, Point, Settings, Space, Times
+from sddit.orchestration.progress import OVER, make_console
 from sddit.tracking import Owner, SweepRecord, open_client, resolve_uri
 
 __all__ = ["Sweep", "Times"]
@@ -121,6 +124,7 @@ class Job:
     space: Space
     base: Experiment
     uri: str
+    chosen: dict[str, list[Any]]  # axis → the values that this command asks for
     cells: list[Cell] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
     first: list[Point] = field(default_factory=list)
@@ -132,6 +136,11 @@ class Job:
         return f"{root.rstrip('/')}/{self.name}"
 
     @property
+    def journal(self) -> Path:
+        """The study as a file for Optuna's dashboard; derived from the record, so it may be thrown away."""
+        return Path("runs").absolute() / self.name / "study.journal"
+
+    @property
     def searches(self) -> bool:
         return self.flags.search == "tpe"
 
@@ -139,11 +148,6 @@ class Job:
     def axes(self) -> list[str]:
         """The names of what varies, for figures."""
         return list(self.space.fields or self.space.axes)
-
-    @property
-    def declared(self) -> Point:
-        """The first point as declared: what the sweep's base is read off, whatever values a command asks for."""
-        return {axis: next(iter(values)) for axis, values in self.sweep.axes.items()}
 
     @property
     def shape(self) -> cost.Shape:
@@ -172,45 +176,38 @@ def resolve(sweep: Sweep, flags: Flags) -> Job:
     """
     _check(sweep, flags)
     changes = dict(parse_assignment(text) for text in flags.set)
-    axes: dict[str, Any] = {
-        name: _chosen(name, values, changes.pop(name)) if name in changes else values
-        for name, values in sweep.axes.items()
-    }
-    named = {f for values in axes.values() if isinstance(values, Mapping) for s in values.values() for f in s}
-    if "method.name" in changes and "method.name" in named:
-        raise UsageError(
-            f"The question {sweep.name!r} compares methods itself. Choose among them with --set "
-            f"'system=[…]' of {', '.join(map(repr, sweep.axes.get('system', {})))}."
-        )
-    for name in changes:
-        if name in sweep.fields:
-            raise UsageError(f"{name} cannot be set on the search {sweep.name!r}, which chooses it itself.")
+    searched = sweep.suggest is not None and flags.search == "tpe"
+    chosen = {axis: _chosen(axis, values, changes.pop(axis, None)) for axis, values in sweep.axes.items()}
+    for axis, values in sweep.axes.items():
+        named = values.values() if isinstance(values, Mapping) else []
+        if "method.name" in changes and any("method.name" in settings for settings in named):
+            raise UsageError(
+                f"The question {sweep.name!r} compares methods itself. Choose among them with --set '{axis}=[…]' of "
+                f"{', '.join(map(repr, values))}."
+            )
+    if fixed := [name for name in changes if name in sweep.fields]:
+        raise UsageError(f"{fixed[0]} cannot be set on the search {sweep.name!r}, which chooses it itself.")
     method = changes.pop("method.name", sweep.method)
     changes["resources.workers"] = flags.workers
     if flags.steps:
         changes["train.steps"] = flags.steps
-    suggest = sweep.suggest if flags.search == "tpe" else None
-    fields = (sweep.fields or tuple(axes)) if suggest else ()
-    space = Space(flags.preset, method, changes, {} if suggest and sweep.fields else axes, sweep.ties, suggest, fields)
+    space = Space(
+        flags.preset, method, changes, sweep.axes, sweep.ties, sweep.suggest if searched else None,
+        (sweep.fields or tuple(sweep.axes)) if searched else (),
+    )  # fmt: skip
     name = flags.name or sweep.name + ("" if flags.preset == "digits" else f"-{flags.preset}")
     if not name or set(name) & set("/\\'\"`"):
         raise UsageError(f"--name {name!r} cannot be used: it must be a word without slashes or quotes.")
-    base = space.experiment({} if suggest else _first_settings(sweep))
-    unknown = [axis for axis in axes if not isinstance(axes[axis], Mapping) and axis not in base.digest_fields()]
-    if unknown and not named:
+    base = space.base()
+    unknown = [axis for axis in sweep.axes if "." in axis and axis not in base.digest_fields()]
+    if unknown and len(space.methods) == 1:
         raise UsageError(f"The question {sweep.name!r} varies {unknown[0]}, which method {method!r} does not have.")
-    job = Job(sweep, flags, name, space, base, resolve_uri(flags.tracking_uri))
+    job = Job(sweep, flags, name, space, base, resolve_uri(flags.tracking_uri), chosen)
     if not job.searches:
-        job.cells, job.excluded = plan.grid(space, range(flags.seeds))
+        job.cells, job.excluded = plan.grid(space, chosen, range(flags.seeds))
     elif sweep.first:
         job.first = sweep.first(base)
     return job
-
-
-def _first_settings(sweep: Sweep) -> Settings:
-    """What the first of the named settings of each axis sets."""
-    firsts = [next(iter(values.values())) for values in sweep.axes.values() if isinstance(values, Mapping)]
-    return {name: value for settings in firsts for name, value in settings.items()}
 
 
 def _check(sweep: Sweep, flags: Flags) -> None:
@@ -224,14 +221,14 @@ def _check(sweep: Sweep, flags: Flags) -> None:
             raise UsageError(f"--{flag} is {amount}, but must not be negative.")
     if flags.seeds > FRESH_SEED:
         raise UsageError(f"--seeds is {flags.seeds}, but seeds from {FRESH_SEED} on are kept for --confirm.")
+    if flags.search == "grid" and not sweep.axes:
+        raise UsageError(f"{sweep.name!r} has no grid. Leave --search out, or use --search tpe.")
     if flags.search == "tpe" and flags.seeds > 1:
         raise UsageError(
             "--seeds cannot be used with --search tpe, which compares single cells. Leave one of them out."
         )
     if (flags.search == "tpe") != (flags.trials is not None):
         raise UsageError("--search tpe and --trials N (cells in all) must be given together.")
-    if flags.search == "grid" and not sweep.axes:
-        raise UsageError(f"{sweep.name!r} has no grid. Leave --search out, or use --search tpe.")
     if flags.objective == "fid,cost" and flags.search != "tpe":
         raise UsageError("--objective fid,cost is for --search tpe: a grid runs all its cells whatever they cost.")
     if flags.objective == "fid,cost" and flags.asha:
@@ -244,23 +241,20 @@ def _check(sweep: Sweep, flags: Flags) -> None:
             raise UsageError("seed cannot be set on a sweep. Use --seeds K for seeds 0 … K-1.")
 
 
-def _chosen(axis: str, declared: list[Any] | dict[str, Settings], value: Any) -> list[Any] | dict[str, Settings]:
-    """The values of an axis that a command asks for; of named settings, some by name."""
-    values = list(value) if isinstance(value, list) else [value]
+def _chosen(axis: str, declared: list[Any] | dict[str, Settings], value: Any) -> list[Any]:
+    """The values of an axis that a command asks for, all by default; of named settings, by name."""
+    values = list(declared) if value is None else list(value) if isinstance(value, list) else [value]
     if not values:
         raise UsageError(f"--set {axis}=[] leaves nothing to run. Give a value, or leave it out.")
-    if not isinstance(declared, Mapping):
-        return values
     for name in values:
-        if name not in declared:
+        if isinstance(declared, Mapping) and name not in declared:
             raise UsageError(f"{axis} has no setting {name!r}. {did_you_mean(str(name), declared)}")
-    return {name: declared[name] for name in values}
+    return values
 
 
 def run(sweep: Sweep, flags: Flags) -> int:
     """Runs what is missing of a sweep. Returns the exit status."""
     from sddit.orchestration import finish
-    from sddit.orchestration.progress import make_console
     from sddit.orchestration.speed import Speeds
 
     check_environment()
@@ -283,9 +277,9 @@ def run(sweep: Sweep, flags: Flags) -> int:
         planned = look_up(job, record)
         status = "FAILED"
         _describe(job, record)
-        failed = _run_missing(job, record, owner, planned, Speeds(), console)
+        failed, left = _run_missing(job, record, owner, planned, Speeds(), console)
         finish.finish(job, record, console)
-        status = "FINISHED"
+        status = "KILLED" if left else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         console.print(f"\nInterrupted. What is done is kept; this goes on:\n  {resume_line()}")
@@ -321,26 +315,30 @@ def look_up(job: Job, record: SweepRecord | None = None) -> list[Planned]:
     if record is not None or job.name in results.sweep_names(job.uri):
         recorded = results.load_cells(job.name, job.uri)
         parent = results.load_sweep(job.name, job.uri).tags
-    job.spent = sum(plan.device_hours(row) for row in recorded.to_dict("records"))
-    base = {"question": job.sweep.name, **plan.base_fields(job.space, job.declared, job.data_digest)}
+    job.spent = max(
+        sum(plan.device_hours(row) for row in recorded.to_dict("records")), float(parent.get("sddit.device_hours") or 0)
+    )
+    base = {"question": job.sweep.name, **plan.base_fields(job.space, job.data_digest)}
     if "sddit.base" in parent:
-        defaults: dict[str, Any] = {}
-        for config in (*METHOD_CONFIGS.values(), type(job.base.method)):
-            defaults |= Experiment(method=config()).digest_fields()  # type: ignore[arg-type]
         plan.refuse_other_base(
-            job.name, json.loads(parent["sddit.base"]), base, defaults, taken=results.sweep_names(job.uri)
+            job.name,
+            json.loads(parent["sddit.base"]),
+            base,
+            plan.default_fields(job.space),
+            taken=results.sweep_names(job.uri),
         )
     elif record is not None:
         record.set_tags({"sddit.base": json.dumps(base)})
     if job.searches:
-        earlier = recorded[recorded["seed"] < FRESH_SEED] if len(recorded) else recorded
-        job.cells = [job.space.cell(plan.point_of(row, job.axes), row["seed"]) for row in earlier.to_dict("records")]
+        earlier = [row for row in recorded.to_dict("records") if not (row["seed"] or 0) >= FRESH_SEED]
+        job.cells = [job.space.cell(plan.point_of(row, job.axes), seed=0) for row in earlier]
         first = [job.space.cell(point, seed=0) for point in job.first]
         new = [cell for cell in first if cell.identity not in {c.identity for c in job.cells}]
         job.cells += new[: max(0, (flags.trials or 0) - len(job.cells))]
     planned = plan.plan(job.cells, recorded)
     if flags.confirm:
-        best = plan.best_point(planned, lambda p: p in missing_of(planned, flags))
+        missing = missing_of(planned, flags)
+        best = plan.best_point(planned, len(missing) + suggestions(planned, replace(flags, confirm=0)))
         fresh = [job.space.cell(best, FRESH_SEED + i) for i in range(flags.confirm)]
         job.cells = [*job.cells, *fresh]
         planned += plan.plan(fresh, recorded)
@@ -363,15 +361,20 @@ def suggestions(planned: Sequence[Planned], flags: Flags) -> int:
 def _describe(job: Job, record: SweepRecord) -> None:
     """What figures and reports must know of the sweep, on its run."""
     flags = job.flags
-    known = {"sddit.axes": json.dumps(job.axes), "sddit.command": command_line()}
-    if named := {axis: next(iter(values)) for axis, values in job.sweep.axes.items() if isinstance(values, Mapping)}:
-        known["sddit.reference"] = json.dumps(named)  # others are compared with it
-    optional = {
-        "sddit.excluded": json.dumps(dict(list(job.excluded.items())[:40])) if job.excluded else None,
-        "sddit.budget_hours": flags.budget_hours,
-        "sddit.price": flags.price,
+    excluded: dict[str, str] = {}
+    for label, reason in job.excluded.items():  # as many as the tag holds
+        more = excluded | {label: textwrap.shorten(reason, 150)}
+        excluded = more if len(json.dumps(more)) < 7500 else excluded
+    named = {axis: next(iter(v)) for axis, v in job.sweep.axes.items() if isinstance(v, Mapping)}
+    tags = {
+        "sddit.axes": json.dumps(job.axes),
+        "sddit.command": command_line(),
+        "sddit.excluded": json.dumps(excluded),
+        "sddit.reference": json.dumps(named),  # what others are compared with
+        "sddit.budget_hours": "" if flags.budget_hours is None else str(flags.budget_hours),
+        "sddit.price": "" if flags.price is None else str(flags.price),
     }
-    record.set_tags(known | {k: str(v) for k, v in optional.items() if v is not None})
+    record.set_tags(tags)
     record.describe(job.sweep.question, job.axes)
 
 
@@ -380,27 +383,41 @@ def _describe(job: Job, record: SweepRecord) -> None:
 
 def _run_missing(
     job: Job, record: SweepRecord, owner: Owner, planned: list[Planned], speeds: Any, console: Console
-) -> bool:
-    """Runs the cells that are missing on the cluster. Returns whether any has failed, now or before."""
+) -> tuple[bool, bool]:
+    """Runs the cells that are missing on the cluster.
+
+    Returns:
+        whether something failed, now or before, or could not be run; and whether cells are left for another command.
+    """
     from sddit.orchestration.forecast import forecast
 
     missing = missing_of(planned, job.flags)
     _say_failed_before(planned, job.flags, console)
     for label, reason in job.excluded.items():
         console.print(f"Excluded: {label}: {reason}")
+    slimmed = [p for p in missing if p.state == "extend" and _is_slimmed(job, p)]
+    for p in slimmed:
+        console.print(f"{p.cell.label} seed {p.cell.experiment.seed} was slimmed (--max-disk-gb): it cannot go on.")
+        missing.remove(p)
     suggested = suggestions(planned, job.flags)
     samples = len(missing) + suggested
-    done = sum(p not in missing for p in planned)
+    failed_before = any(p.state == "failed" and p not in missing for p in planned) or bool(slimmed)
     if not samples:
-        over = sum(p.state != "failed" for p in planned)
-        console.print(f"Sweep {job.name}: all {over} cells are done; nothing to run.")
-        return over < len(planned)
-    if job.flags.budget_hours is not None and job.spent >= job.flags.budget_hours:
-        console.print(_budget_used(job.flags.budget_hours, job.spent, samples))
-        return any(p.state == "failed" for p in planned)
+        states = Counter(p.state for p in planned)
+        if set(states) == {"done"}:
+            console.print(f"Sweep {job.name}: all {len(planned)} cells are done; nothing to run.")
+        else:
+            counts = ", ".join(f"{n} {state}" for state, n in states.items())
+            console.print(f"Sweep {job.name}: nothing to run: {counts}.")
+        return failed_before, bool(slimmed)
+    budget = job.flags.budget_hours
+    if budget is not None and job.spent >= budget:
+        console.print(_budget_used(budget, job.spent, samples))
+        return failed_before, True
     logs = _connect(job)
     console.print(
-        f"Sweep {job.name}: {samples} cells to run, {done} done. Record: {job.uri}. Checkpoints: {job.storage}."
+        f"Sweep {job.name}: {samples} cells to run, {len(planned) - len(missing)} done. Record: {job.uri}. "
+        f"Checkpoints: {job.storage}."
     )
     import ray
 
@@ -417,21 +434,33 @@ def _run_missing(
         driver.learn(speeds, expected)
     finally:
         ray.shutdown()
-    failed = [row for row in driver.progress.rows if row.state == "failed" and row.started is not None]
+    rows = driver.progress.rows
+    failed = [row for row in rows if row.state == "failed" and row.started is not None]
     for row in failed:
         console.print(f"Failed: {row.label} seed {row.seed} ({row.identity}): {row.note}", style="red")
     if failed:
         console.print(f"Logs: {logs}. Run them again with: {resume_line('--retry-failed')}")
-    if driver.stopping and job.flags.budget_hours is not None:
-        left = sum(row.state in ("waiting", "interrupted") for row in driver.progress.rows)
-        console.print(_budget_used(job.flags.budget_hours, driver.spent(), left))
-    return any(row.state == "failed" for row in driver.progress.rows)
+    left = samples - sum(row.started is not None and row.state in OVER for row in rows)
+    if left and driver.stopping and budget is not None:
+        console.print(_budget_used(budget, driver.spent(), left))
+    elif left and not any(row.state not in OVER for row in rows):
+        console.print(f"The space holds no further cell: {samples - left} of {samples} ran.")
+        left = 0
+    elif left:
+        console.print(f"{left} cells did not end. What they reached is kept; this goes on:\n  {resume_line()}")
+    return bool(failed) or failed_before or (left > 0 and not driver.stopping), left > 0
+
+
+def _is_slimmed(job: Job, planned: Planned) -> bool:
+    from sddit.training.store import CheckpointStore
+
+    return CheckpointStore(f"{job.storage}/{planned.cell.identity}").is_slimmed()
 
 
 def _budget_used(budget: float, spent: float, left: int) -> str:
     return (
         f"Budget used: {spent:.3g} of {budget:g} device-hours. {left} cells are not done; what they reached is kept. "
-        f"Go on with a larger --budget-hours:\n  {resume_line()}"
+        f"With a larger budget this goes on:\n  {resume_line('--budget-hours', f'{2 * budget:g}')}"
     )
 
 
@@ -468,16 +497,17 @@ def show_plan(job: Job, planned: Sequence[Planned], console: Console) -> None:
     from sddit.orchestration.speed import Speeds
 
     missing, suggested = missing_of(planned, job.flags), suggestions(planned, job.flags)
-    if os.environ.get("RAY_ADDRESS"):
+    here = cluster.this_machine()
+    remote = bool(os.environ.get("RAY_ADDRESS"))
+    if remote:
         _connect(job)
-        nodes = cluster.nodes()
-    else:
-        nodes = [cluster.this_machine()]
+    nodes = cluster.nodes() if remote else [here]
     placement = _place(job, nodes, max(1, len(missing) + suggested))
     speeds = Speeds()
-    if missing or suggested:
-        experiments = [p.cell.experiment for p in missing] or [job.base]
-        speeds.measure(experiments, min(placement.concurrent, len(missing) + suggested), console)
+    if (missing or suggested) and not remote:  # the speed of a cluster is learnt from its cells
+        experiments = [p.cell.experiment for p in missing] + [job.base] * bool(suggested)
+        side_by_side = min(placement.concurrent, len(missing) + suggested, int(here.cpus))
+        speeds.measure(experiments, job.shape, side_by_side, console)
     if job.flags.asha:
         from sddit.orchestration.searcher import describe_ladder
 

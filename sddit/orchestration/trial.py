@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from sddit.cell import CellSpec
-from sddit.errors import SdditError
+from sddit.errors import SdditError, TrackingError
 
 log = logging.getLogger(__name__)
-RETRIES = 2  # restarts after a worker was lost; a cell's own errors are not retried
+RETRIES = 2  # restarts after a worker was lost; where a cell trains in its trial's process, its own errors are final
+UNWIND_SECONDS = 120  # a cell that was stopped may take so long to leave a process that is kept for the next
 
 
 def train_in_process(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -26,8 +27,11 @@ def train_in_process(config: dict[str, Any]) -> dict[str, Any] | None:
     from ray import tune
 
     os.environ["OMP_NUM_THREADS"] = str(config["per_worker"]["CPU"])
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(UNWIND_SECONDS)  # else the next cell is lost (ray.md §4)
     try:
         _run(config, tune.report, "cuda:0" if config["per_worker"].get("GPU") else "cpu")
+    except TrackingError:
+        raise  # an outage: another try
     except SdditError as error:
         log.error("%s", error)
         return {"error": str(error)}

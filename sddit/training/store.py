@@ -162,6 +162,11 @@ class CheckpointStore:
             freed += checkpoint.files[TRAINING]["bytes"]
         return freed
 
+    def is_slimmed(self) -> bool:
+        """Whether there is a checkpoint, but none to go on from."""
+        found = self.checkpoints()
+        return bool(found) and not any(TRAINING in checkpoint.files for checkpoint in found)
+
     def total_bytes(self) -> int:
         """Bytes of all files under the root."""
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)

@@ -34,7 +34,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ten_stopped_cells_of_two_workers_leave_no_placement_group(tmp_path):
-    ratios = "[0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9]"
+    ratios = "[0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]"
     flags = set_flags(method__mask_ratio=ratios, eval__every=1, eval__samples=40)
     (tmp_path / "counting.py").write_text(COUNTING)
     done = run(

@@ -1,5 +1,7 @@
 """Cells, twins and bases: what a sweep consists of, and what a command may not change."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -24,7 +26,7 @@ def space(axes, **changes):
 
 
 def cells_of(axes, seeds=1, **changes):
-    return plan.grid(space(axes, **changes), range(seeds))[0]
+    return plan.grid(space(axes, **changes), axes, range(seeds))[0]
 
 
 def recorded(cell, state, step, **metrics):
@@ -66,7 +68,7 @@ def test_a_tie_follows_its_axis():
     tied = Space(
         "digits", "sddit", {}, {"method.tau_teacher": [0.02, 0.07]}, {"method.tau_teacher_cls": "method.tau_teacher"}
     )
-    methods = [c.experiment.method for c in plan.grid(tied, [0])[0]]
+    methods = [c.experiment.method for c in plan.grid(tied, tied.axes, [0])[0]]
     assert [(m.tau_teacher, m.tau_teacher_cls) for m in methods] == [(0.02, 0.02), (0.07, 0.07)]
 
 
@@ -79,7 +81,8 @@ def test_ratios_that_keep_the_same_tokens_are_one_cell():
 
 def test_impossible_and_equal_settings_are_excluded_with_the_reason():
     components = {"all": {}, "same": {AXIS: 0.2}, "off": {"method.lambda_d": 0.0}}
-    cells, excluded = plan.grid(space({"component": components, "method.stop_gradient": [False, True]}), [0, 1])
+    axes = {"component": components, "method.stop_gradient": [False, True]}
+    cells, excluded = plan.grid(space(axes), axes, [0, 1])
     assert [c.label for c in cells[:3]] == [
         "component=all,stop_gradient=False", "component=all,stop_gradient=True", "component=off,stop_gradient=False"
     ]  # fmt: skip
@@ -122,45 +125,65 @@ def test_the_best_point_is_that_of_the_mean_and_of_a_finished_sweep():
     fresh = space({AXIS: [0]}).cell({AXIS: 0}, FRESH_SEED)
     rows = [recorded(c, "done", 600, **{"eval/fid": f}) for c, f in zip([*cells, fresh], fids, strict=True)]
     planned = plan.plan([*cells, fresh], pd.DataFrame(rows))
-    assert plan.best_point(planned, lambda p: p.state != "done") == {AXIS: 0.5}, "16 against 25: fresh seeds are out"
-    with pytest.raises(UsageError, match="cells are missing"):
-        plan.best_point(planned, lambda p: p is planned[0])
+    assert plan.best_point(planned, missing=0) == {AXIS: 0.5}, "16 against 25: fresh seeds are out"
+    with pytest.raises(UsageError, match="3 cells are missing"):
+        plan.best_point(planned, missing=3)
 
 
-BASE = space({AXIS: [0, 0.2]})
-POINT = {AXIS: 0}
+def base_of(axes, **changes):
+    return plan.base_fields(space(axes, **changes), "d" * 64)
+
+
+def refusal(before, now, defaults, taken=()):
+    with pytest.raises(UsageError) as error:
+        plan.refuse_other_base("x", before, now, defaults, taken)
+    return str(error.value)
 
 
 def test_a_name_stands_for_one_base():
-    fields = plan.base_fields(BASE, POINT, "d" * 64)
+    fields = base_of({AXIS: [0, 0.2]})
     assert AXIS not in fields and "seed" not in fields and "train.steps" not in fields
     plan.refuse_other_base("x", fields, dict(fields), {}, [])
-    other = plan.base_fields(space({AXIS: [0.6]}, train__lr=1e-3), POINT, "d" * 64)
-    with pytest.raises(UsageError) as error:
-        plan.refuse_other_base("x", fields, other, {}, ["x", "x-2"])
-    assert "train.lr: 0.007 → 0.001" in str(error.value) and "--name x-3" in str(error.value)
-    assert "mask_ratio" not in str(error.value)
+    said = refusal(fields, base_of({AXIS: [0.6]}, train__lr=1e-3), {}, ["x", "x-2"])
+    assert "train.lr: 0.007 → 0.001" in said and "--name x-3" in said and "mask_ratio" not in said
 
 
-def test_a_base_knows_fields_that_only_other_methods_have():
-    point = {"system": "DiT"}
-    before = plan.base_fields(space({"system": SYSTEMS}), point, "d")
-    after = plan.base_fields(space({"system": SYSTEMS}, method__mask_ratio=0.5, method__collapse_after=9), point, "d")
-    defaults = {AXIS: 0.2}
-    for old, new in ((before, after), (after, before)):
-        with pytest.raises(UsageError, match=r"method\.mask_ratio") as error:
+MIXED = {"system": SYSTEMS, "lr": {"x1": {}, "x2": {"train.lr": Times(2)}}}
+REBASED = [
+    ({"train__lr": 0.001}, "sddit: train.lr"),  # though an axis multiplies it
+    ({"diffusion__kind": "iddpm"}, "sddit: diffusion.kind"),
+    ({"method__mask_ratio": 0.5}, "sddit: method.mask_ratio"),
+    ({"method__teacher_momentum": 0.9999}, "sddit: method.teacher_momentum"),
+    ({"method__lambda_d": 0.1}, None),  # the preset's own value
+    ({"method__collapse_after": 9, "train__steps": 9, "train__compile": True}, None),  # never change a result
+]
+
+
+@pytest.mark.parametrize(("changes", "field"), REBASED)
+def test_a_base_of_several_methods(changes, field):
+    before, now, defaults = base_of(MIXED), base_of(MIXED, **changes), plan.default_fields(space(MIXED))
+    assert len(json.dumps(before)) < 8000, "it fits a tag"
+    for old, new in ((before, now), (now, before)):
+        if field is None:
             plan.refuse_other_base("x", old, new, defaults, [])
-        assert "collapse_after" not in str(error.value), "it never changes a result"
-    fewer = plan.base_fields(space({"system": {"SD-DiT": SYSTEMS["SD-DiT"], **SYSTEMS}}), point, "d")
-    plan.refuse_other_base("x", before, fewer, {}, [])
+        else:
+            assert field in refusal(old, new, defaults)
+
+
+def test_some_of_the_named_settings_by_name():
+    mixed = space(MIXED)
+    cells, _ = plan.grid(mixed, {"system": ["SD-DiT"], "lr": ["x2"]}, [0])
+    assert [c.label for c in cells] == ["system=SD-DiT,lr=x2"]
+    assert mixed.cell({"system": "DiT", "lr": "x1"}, 0).experiment.method.name == "dit", "recorded ones are known"
+    with pytest.raises(UsageError, match=r"system has no setting 'SDDiT'\. Did you mean"):
+        mixed.cell({"system": "SDDiT", "lr": "x1"}, 0)
 
 
 def test_a_field_added_to_the_project_later_does_not_change_a_base():
-    fields = plan.base_fields(BASE, POINT, "d" * 64)
+    fields = base_of({AXIS: [0, 0.2]})
     before = {k: v for k, v in fields.items() if k != "method.stop_gradient"}
     plan.refuse_other_base("x", before, fields, {"method.stop_gradient": False}, [])
-    with pytest.raises(UsageError, match="stop_gradient: True → False"):
-        plan.refuse_other_base("x", before, fields, {"method.stop_gradient": True}, [])
+    assert "stop_gradient: True → False" in refusal(before, fields, {"method.stop_gradient": True})
 
 
 def test_a_recorded_point_is_what_its_tags_say():

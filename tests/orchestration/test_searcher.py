@@ -55,7 +55,6 @@ def test_states():
     for name in ("done", "pruned", "failed"):
         search.suggest(name)
     search.on_trial_result("done", result(200, 90.0))
-    search.on_trial_result("pruned", result(200, 95.0))
     search.on_trial_complete("done", result(600, 20.0))
     search.on_trial_complete("pruned", result(200, 95.0))
     search.on_trial_complete("failed", {"error": "diverged"})
@@ -64,7 +63,7 @@ def test_states():
     trials = search.study.trials
     assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
     assert trials[0].value == 20.0 and trials[0].intermediate_values == {200: 90.0}
-    assert trials[1].value == 95.0
+    assert trials[1].value == 95.0, "of the very result that stopped it, which Tune does not pass on"
     assert trials[0].user_attrs["identity"] == "cell-0.0"
 
 
@@ -184,6 +183,7 @@ def test_rungs_are_filled_from_the_record(known):
     scheduler = CellASHA(200, 1800, recorded if known else [])
     assert stop(scheduler, "new", 200, 25.0) == known, "only the first to come goes on without being compared"
     assert not stop(scheduler, "better", 200, 5.0)
+    assert stop(scheduler, "broken", 200, math.nan), "not a number is as bad as can be"
 
 
 def test_a_cell_that_goes_on_is_not_judged_twice_at_a_rung():
