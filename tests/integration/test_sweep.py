@@ -1,5 +1,6 @@
 """A sweep as a user runs it, end to end: plan, run, run again, extend; and what is refused before anything starts."""
 
+import json
 import re
 from pathlib import Path
 
@@ -78,7 +79,12 @@ def test_the_record_is_the_contract(finished):
     parent = results.load_sweep("mask_ratio", uri)
     assert parent.tags["sddit.kind"] == "sweep" and parent.tags["sddit.owner"] == "null"
     artifacts = folder / "mlruns" / "mask_ratio" / parent.run_id / "artifacts"
-    assert {p.name for p in artifacts.iterdir()} == {"mask_ratio.png", "mask_ratio.pdf", "mask_ratio.csv"}
+    names = {"mask_ratio.png", "mask_ratio.pdf", "mask_ratio.csv", "report.html"}
+    assert {p.name for p in artifacts.iterdir()} == names
+    assert parent.axes == ["method.mask_ratio"] and parent.tags["sddit.command"].startswith("python sweeps/mask_ratio")
+    floors = {json.loads(tags["sddit.noise_floor"])["mean"] for tags in cells["tags"]}
+    assert len(floors) == 1 and 0 < floors.pop() < 100
+    assert {tags["axis.method.mask_ratio"] for tags in cells["tags"]} == {"0.2", "0.5"}
     assert cells["tags"].map(lambda t: t["mlflow.parentRunId"] == parent.run_id).all()
 
 
@@ -137,6 +143,13 @@ REFUSED = [
     (["--tracking-uri", "nonsense"], "sqlite:///mlflow.db"),
     (["--storage", "mlflow.db/x"], "Cannot write checkpoints"),
     (["--no-such-flag"], "no-such-flag"),
+    (["--set", "seed=1"], "Use --seeds K"),
+    (["--set", "method.mask_ratio=[]"], "leaves nothing to run"),
+    (["--budget-hours", "-1"], "--budget-hours is -1"),
+    (["--price", "nan"], "--price is nan"),
+    (["--objective", "fid,cost"], "is for --search tpe"),
+    (["--seeds", "2000"], "kept for --confirm"),
+    (["--confirm", "2", "--set", "method.mask_ratio=[0.2, 0.65]"], "1 cells are missing"),
 ]  # fmt: skip
 
 
