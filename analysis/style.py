@@ -162,10 +162,10 @@ def score_limits(scores: ArrayLike, lows: ArrayLike, highs: ArrayLike) -> tuple[
     least, most = np.nanmin(scores), np.nanmax(scores)
     low = max(np.nanmin(np.append(lows, least)), least / 1.5)
     high = min(np.nanmax(np.append(highs, most)), most * 1.5)
-    if low > 0 and high / low > 10:
+    room = 0.06 * (high - low) or 0.5
+    if low > 0 and (low <= room or (high + room) / (low - room) > 10):
         low, high = low / 1.15, high * 1.15
     else:
-        room = 0.06 * (high - low) or 0.5
         low, high = low - room, high + room
     return low, high, bool((np.asarray(lows) < low).any() or (np.asarray(highs) > high).any())
 

@@ -98,8 +98,10 @@ def loaded(code):
     [
         ("import sddit; sddit.presets.digits()", {"torch", "ray", "mlflow", "pandas", "numpy"}),
         ("import sddit.results", {"torch", "ray", "mlflow"}),
-        ("import analysis.plot_mask_ratio", {"torch", "ray", "mlflow"}),
-        ("import sweeps.mask_ratio", {"torch", "ray", "mlflow", "optuna", "matplotlib"}),
+        ("import analysis.plot_convergence, analysis.plot_components", {"torch", "ray", "mlflow", "optuna"}),
+        ("import analysis.report, analysis.plot_search, analysis.table1", {"torch", "ray", "mlflow", "optuna"}),
+        ("import sweeps.mask_ratio, sweeps.search", {"torch", "ray", "mlflow", "optuna", "matplotlib"}),
+        ("import sddit.orchestration.status", {"torch", "ray", "mlflow", "optuna"}),
         ("import sddit.orchestration.driver", {"torch", "mlflow"}),
         ("import sddit.orchestration.trial", {"torch", "ray", "mlflow"}),
         ("import sddit.training.store, sddit.metrics.features, sddit.data", {"torch", "ray", "mlflow"}),

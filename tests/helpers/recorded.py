@@ -18,6 +18,7 @@ class Recorded:
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.client = MlflowClient(self.uri)
         self.sweeps = {}
+        self.cells = 0
 
     def sweep(self, name, *, question="A question?", axes=(), **tags):
         """Opens a sweep: its experiment and parent run. `axes` are the names of its axes, in order."""
@@ -50,7 +51,9 @@ class Recorded:
         run_tags = {"mlflow.parentRunId": parent} | {f"sddit.{k}": v for k, v in known.items()}
         run_tags |= {f"axis.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in (point or {}).items()}
         name = "-".join([*map(str, (point or {}).values()), method, f"s{seed}", identity])
-        run = self.client.create_run(experiment_id, start_time=START, tags=run_tags, run_name=name).info.run_id
+        self.cells += 1
+        begun = START + self.cells  # so that one began before the other
+        run = self.client.create_run(experiment_id, start_time=begun, tags=run_tags, run_name=name).info.run_id
         params = experiment.digest_fields() | {"data.digest": "digest-of-the-data"}
         self.client.log_batch(
             run, params=[Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in params.items()]
