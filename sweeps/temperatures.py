@@ -4,7 +4,7 @@
     python sweeps/temperatures.py
 
 Cost on digits: 9 cells of about a minute each, two at a time on two cores. Found there (2026-11-26, one seed): FID 28.7
-to 34.5, within what seeds differ by. A student as sharp as its teacher or sharper (0.05 against 0.04 and 0.07) kills the
+to 34.5, within what seeds differ by. A student as sharp as its teacher or sharper (0.05 against 0.04, 0.07) kills the
 [CLS] targets; at 0.07 the patches' too.
 
 The teacher's temperature is that of patches and of [CLS] alike. A warm-up, where the preset has one, starts from

@@ -20,8 +20,8 @@ COMMAND = re.compile(r"python ((?:sweeps|analysis)/\S+\.py)|sddit ([a-z]+)")
 def python_blocks(path: Path, section: str = "") -> list[ast.Module]:
     """The ```python blocks of a page (or of one section), parsed so that line numbers are those of the page."""
     text = path.read_text(encoding="utf-8")
-    start = re.search(rf"^## {section}$", text, re.MULTILINE).end() if section else 0
-    end = text.find("\n## ", start) if section else len(text)
+    start = text.index(f"\n## {section}\n") + 1 if section else 0
+    end = text.index("\n## ", start) if section else len(text)
     found = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL).finditer(text, start, end)
     return [ast.parse("\n" * text.count("\n", 0, block.start(1)) + block[1], str(path)) for block in found]
 
@@ -46,7 +46,7 @@ def subcommands() -> set[str]:
     tree = ast.parse((ROOT / "sddit" / "cli.py").read_text(encoding="utf-8"))
     (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     keys = [key for node in ast.walk(main) if isinstance(node, ast.Dict) for key in node.keys]
-    return {key.value for key in keys if isinstance(key, ast.Constant)}
+    return {str(key.value) for key in keys if isinstance(key, ast.Constant)}
 
 
 def test_the_page_on_python_runs_and_gives_what_it_says(tmp_path, monkeypatch):
@@ -57,7 +57,7 @@ def test_the_page_on_python_runs_and_gives_what_it_says(tmp_path, monkeypatch):
     compared = 0
     for block in python_blocks(API):
         for statement in block.body:
-            said = lines[statement.end_lineno - 1].partition(GIVES)[2]
+            said = lines[(statement.end_lineno or 0) - 1].partition(GIVES)[2]
             if isinstance(statement, ast.Expr) and said:
                 value = eval(compile(ast.Expression(statement.value), str(API), "eval"), namespace)
                 assert repr(value) == said, f"{API.name}, line {statement.lineno}"
