@@ -216,6 +216,7 @@ def test_noise_floor_is_drawn_where_it_is_in_the_frame(module, store, times, sho
     assert ("noise floor" in labels) == (shown and module.QUESTION.each_cell)  # a map has no axis of FID
 
 
+@pytest.mark.slow
 def test_scripts_neither_need_nor_import_torch_or_ray(store, tmp_path):
     code = (
         "import importlib, sys\n"

@@ -310,6 +310,7 @@ def test_names_follow_the_sweep_and_bytes_the_data(store, tmp_path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
+@pytest.mark.slow
 def test_script_neither_needs_nor_imports_torch_or_ray(store, tmp_path):
     code = (
         "import sys; sys.argv[0] = 'plot_convergence.py'\n"

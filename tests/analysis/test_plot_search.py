@@ -316,6 +316,7 @@ def test_files(store, tmp_path, capsys):
     assert [path.name for path in other] == [f"search-temperatures.{kind}" for kind in ("png", "pdf", "csv")]
 
 
+@pytest.mark.slow
 def test_script_neither_needs_nor_imports_torch_or_ray(store, tmp_path):
     code = (
         "import sys; sys.argv[0] = 'plot_search.py'\n"

@@ -52,6 +52,7 @@ def test_ten_stopped_cells_of_two_workers_leave_no_placement_group(tmp_path):
     assert len(groups) == 10 and max(groups) <= 2, "a cell's own and its workers', never those of cells before"
 
 
+@pytest.mark.slow
 def test_nothing_of_a_stopped_cell_reaches_the_next(tmp_path, monkeypatch):
     import torch
 

@@ -108,6 +108,7 @@ def test_the_same_command_again_recomputes_nothing(finished):
     pd.testing.assert_frame_equal(before, table(folder))
 
 
+@pytest.mark.slow
 def test_new_values_seeds_and_steps_run_only_what_is_new(finished):
     folder, _, _ = finished
     before = table(folder)
