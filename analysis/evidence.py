@@ -19,6 +19,7 @@ HEALTH = {"train/information_cls": "CLS token", "train/information_patch": "patc
 GRID_PATH = "images/samples~grid+step+"  # where MLflow keeps what was logged as samples/grid
 FILES = (".png", ".pdf", ".csv", ".md", ".tex")
 MAX_SHOWN = 60  # grids, and lines of a health panel
+LEGEND_LENGTH = 40  # letters; the settings of a search are longer than a figure is wide
 LOST = 3  # downloads in a row that fail: nobody is there any more
 DRAWN = 0.65  # size of a figure on the page: its letters come out as large as the text
 
@@ -108,7 +109,7 @@ def health(client: MlflowClient, settings: Sequence[Setting]) -> Html:
             panel.set_title(title)
         panels[0].set_ylim(bottom=0)
         style.label_axes(panels, "step", "information (nat)")
-        if len(legend) <= 10:
+        if len(legend) <= 10 and max(map(len, legend)) <= LEGEND_LENGTH:
             figure.legend(legend.values(), legend.keys(), loc="outside right upper")
         figure.savefig(png := io.BytesIO(), format="png", metadata=common.METADATA["png"])
     return element("figure", picture(png.getvalue(), caption, DRAWN), class_="drawing")

@@ -101,8 +101,11 @@ def sample(checkpoint: str | Path, classes: Sequence[int] | np.ndarray, seed: in
 
     from sddit.training import evaluation
 
+    labels = np.asarray(classes)
+    if labels.ndim != 1 or (labels.size and labels.dtype.kind not in "iu"):
+        raise UsageError(f"Classes must be whole numbers, one for each image; got {labels.dtype} {labels.shape}.")
     method, device = _read_method(checkpoint)
-    images = evaluation.sample(method, method.network, np.asarray(classes, dtype=np.int64), 0, seed, device)
+    images = evaluation.sample(method, method.network, labels.astype(np.int64), 0, seed, device)
     return evaluation.to_nhwc(images)
 
 

@@ -39,6 +39,9 @@ def test_samples_depend_on_seed_and_position_alone(trained):
     assert not np.array_equal(sddit.sample(checkpoint, classes=[0, 1, 2], seed=1), images[:3])
     with pytest.raises(UsageError, match=r"Classes must be in \[0, 10\)"):
         sddit.sample(checkpoint, classes=[10])
+    for classes in ([[1, 2]], 3, [0.5], ["1"]):
+        with pytest.raises(UsageError, match="whole numbers, one for each image"):
+            sddit.sample(checkpoint, classes=classes)
 
 
 def test_networks_and_scores(trained):
