@@ -109,7 +109,7 @@ def test_a_kill_at_a_random_moment_changes_nothing(seed, undisturbed, tmp_path):
 def test_a_budget_stops_softly_and_a_larger_one_goes_on(undisturbed, tmp_path):
     running = Running(*command("--budget-hours", "0.004", "--price", "2"), cwd=tmp_path)
     assert running.wait() == 0, running.output
-    assert "Budget used: 0.00" in running.output and "of 0.004 device-hours" in running.output
+    assert "Budget used: 0.0" in running.output and "of 0.004 device-hours" in running.output
     assert "larger --budget-hours" in no_traceback(running.output)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     cells = results.load_cells("mask_ratio", uri)
