@@ -37,6 +37,7 @@ def show(sweep: str, tracking_uri: str | None) -> None:
     else:
         silent = time.time() - float(parent.tags.get("sddit.heartbeat") or 0)
         driver = f"driven by process {owner['pid']} on {owner['host']}, last heard of {silent:.0f} s ago"
+    spent = max(spent, float(parent.tags.get("sddit.device_hours") or 0))
     optional = {name: parent.tags.get(f"sddit.{name}") for name in ("budget_hours", "price")}
     budget, price = (float(text) if text else None for text in optional.values())
     logs = next((c["tags"].get("sddit.log", "") for c in cells.to_dict("records") if c["state"] == "failed"), "")
