@@ -7,8 +7,8 @@ with ASHA on FID by step (goes beyond the paper).
     python sweeps/search.py --trials 48                        # goes on: the number counts all starts
 
 Cost on digits: as much as is given by --trials or --budget-hours; a cell takes half a minute to five. Found there
-(2026-11-26, one seed, eval.every=100, the device-hours of the mask-ratio grid): 7 cells, 6 of them stopped early; the best
-is the base experiment at 31.28, where the grid's best is 31.16: no gain, and no loss beyond noise, in so short a search.
+(2026-11-26, one seed, eval.every=100, the device-hours of the mask-ratio grid): 7 cells, 6 of them stopped early; the
+best is the base experiment at 31.28, where the grid's best is 31.16: no gain in so short a search.
 
 The base experiment, the paper's values as far as they are known, comes first, at three mask ratios.
 """
