@@ -6,7 +6,7 @@
 
 Cost on digits: 29 cells of about a minute each, two at a time on two cores. Found there (2026-11-26, one seed, the
 first nine settings alone): SD-DiT 31.3, no masking 31.2, no CLS loss 32.5, no L_D 33.0, no patch loss 33.7, DiT (EDM)
-35.6, no separate decoder 38.3, all within some 10 FID that seeds differ by; stop-gradient 51.5 and MaskDiT 62.9 are not.
+35.6, no separate decoder 38.3: within some 10 FID that seeds differ by. Stop-gradient 51.5 and MaskDiT 62.9 are not.
 
 The last line is the minimum set that attributes a gain: without 'no L_D' and 'DiT (EDM)' the change of formulation and
 architecture is confounded with the discriminative loss, since the published comparison sets DiT and MDT under IDDPM

@@ -110,7 +110,8 @@ def test_a_budget_stops_softly_and_a_larger_one_goes_on(undisturbed, tmp_path):
     running = Running(*command("--budget-hours", "0.004", "--price", "2"), cwd=tmp_path)
     assert running.wait() == 0, running.output
     assert "Budget used: 0.0" in running.output and "of 0.004 device-hours" in running.output
-    assert "larger --budget-hours" in no_traceback(running.output)
+    assert "With a larger budget this goes on:" in no_traceback(running.output)
+    assert "--budget-hours 0.008" in running.output
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     cells = results.load_cells("mask_ratio", uri)
     assert set(cells["state"]) == {"running"} and (cells["step"] < 160).all()
