@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from gloo import worker
 from steps import scramble_
 from tiny import experiment
 
@@ -46,9 +46,7 @@ def everything():
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    found = everything()
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    with worker() as rank:
+        found = everything()
+        if rank == 0:
+            Path(sys.argv[1]).write_text(json.dumps(found))

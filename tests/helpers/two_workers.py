@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from gloo import worker
 from steps import make_batch, scramble_
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,12 +66,11 @@ def step_of(method: SDDiTMethod, model: torch.nn.Module, sizes: list[int], first
 
 
 if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = []
-    for changes in WORLDS:
-        method = build(**changes)
-        model = DistributedDataParallel(method, broadcast_buffers=False)  # without a search for unused parameters
-        results.append(step_of(method, model, sizes=[4, 4], first=8 * rank))
-    torch.save(results, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    folder = sys.argv[2]
+    with worker(init_method=f"file://{folder}/store", rank=int(sys.argv[1]), world_size=2) as rank:
+        results = []
+        for changes in WORLDS:
+            method = build(**changes)
+            model = DistributedDataParallel(method, broadcast_buffers=False)  # without a search for unused parameters
+            results.append(step_of(method, model, sizes=[4, 4], first=8 * rank))
+        torch.save(results, f"{folder}/rank-{rank}.pt")

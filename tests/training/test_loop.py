@@ -83,18 +83,16 @@ def test_what_is_recorded(tmp_path):
 
 def worker_script(experiment, folder, out):
     return f"""
-import json, torch
+import json
 from pathlib import Path
-import torch.distributed as dist
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
-from sddit.config import Experiment
+from gloo import worker
 from harness import run
-result, memory = run(Experiment.parse(json.loads({experiment.model_dump_json()!r})), {str(folder)!r})
-if dist.get_rank() == 0:
-    points = [[s, k, v] for (s, k), v in memory.recorded.items()]
-    Path({str(out)!r}).write_text(json.dumps({{"metrics": result.metrics, "points": points}}))
-dist.destroy_process_group()
+from sddit.config import Experiment
+with worker() as rank:
+    result, memory = run(Experiment.parse(json.loads({experiment.model_dump_json()!r})), {str(folder)!r})
+    if rank == 0:
+        points = [[s, k, v] for (s, k), v in memory.recorded.items()]
+        Path({str(out)!r}).write_text(json.dumps({{"metrics": result.metrics, "points": points}}))
 """
 
 
