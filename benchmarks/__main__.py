@@ -14,7 +14,7 @@ from pathlib import Path
 from sddit.orchestration.speed import processor
 from sddit.tracking import code_revision
 
-BENCHMARKS = ("overhead", "step_cost", "reading")
+BENCHMARKS = ("overhead", "step_cost", "reading", "data", "prepare")
 OUT = Path(__file__).with_name("RESULTS.md")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         export_weights,
         import_weights,
         load_network,
+        prepare,
         sample,
         train,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "import_weights",
     "load_network",
     "load_results",
+    "prepare",
     "presets",
     "sample",
     "train",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sddit.config import Experiment
 from sddit.errors import CheckpointError, SupersededError, UsageError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sddit.checkpoints.exporting import Form
     from sddit.checkpoints.names import Project
-    from sddit.data.manifest import Manifest
+    from sddit.data.manifest import Manifest, VaeInfo
     from sddit.methods.base import Method
     from sddit.metrics.images import Images
 
@@ -47,8 +47,9 @@ def train(
 
     from sddit import results
     from sddit.cell import CellSpec, run_cell
-    from sddit.data import content_digest, open_manifest
+    from sddit.data import open_manifest
     from sddit.metrics.check import check_evaluation
+    from sddit.metrics.reference import content_digest
     from sddit.tracking import SweepRecord, resolve_uri
     from sddit.training.store import CheckpointStore
 
@@ -56,7 +57,7 @@ def train(
         raise UsageError("sddit.train uses this process alone. Use a sweep with --workers for more.")
     manifest = open_manifest(experiment.data.path)
     check_evaluation(experiment, manifest)
-    identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+    identity = experiment.identity(content_digest(experiment, manifest))
     root = str(storage) if "://" in str(storage) else str(Path(storage).absolute())
     folder = f"{root}/{name}/{identity}"
     CheckpointStore(folder).check_writable()
@@ -88,14 +89,17 @@ def train(
     return TrainResult(result["checkpoint"], result["step"], metrics, run_id, identity)
 
 
-def sample(checkpoint: str | Path, classes: Sequence[int] | np.ndarray, seed: int = 0) -> np.ndarray:
+def sample(
+    checkpoint: str | Path, classes: Sequence[int] | np.ndarray, seed: int = 0, vae: str | None = None
+) -> np.ndarray:
     """Images of a checkpoint, uint8 (N, H, W, C): one for each entry of `classes`, by the experiment's own sampler.
 
-    Image i depends on (seed, i) and its class alone.
+    Image i depends on (seed, i) and its class alone. Latents are decoded by the autoencoder they were made with; `vae`
+    says where it is, a folder or a name on the Hugging Face hub, where the checkpoint does not or it has moved.
 
     Raises:
         CheckpointError: there is none, or it is corrupt.
-        UsageError: a class does not exist.
+        UsageError: a class does not exist, or the autoencoder is missing or another.
     """
     import numpy as np
 
@@ -104,7 +108,7 @@ def sample(checkpoint: str | Path, classes: Sequence[int] | np.ndarray, seed: in
     labels = np.asarray(classes)
     if labels.ndim != 1 or (labels.size and labels.dtype.kind not in "iu"):
         raise UsageError(f"Classes must be whole numbers, one for each image; got {labels.dtype} {labels.shape}.")
-    method, device = _read_method(checkpoint)
+    method, device = _read_method(checkpoint, {"data.vae": vae} if vae else None)
     images = evaluation.sample(method, method.network, labels.astype(np.int64), 0, seed, device)
     return evaluation.to_nhwc(images)
 
@@ -114,6 +118,7 @@ def evaluate(
     reference: str = "digits",
     extractor: str | None = None,
     metrics: Sequence[str] = ("fid",),
+    vae: str | None = None,
 ) -> dict[str, Any]:
     """Scores images against a reference set.
 
@@ -124,6 +129,7 @@ def evaluate(
             of the ADM suite, or what `build_reference` built.
         extractor: the feature network; None is the one that belongs to the reference.
         metrics: of 'fid', 'sfid', 'is', 'precision', 'recall', 'kid'.
+        vae: as for `sample`, of a checkpoint that makes latents.
 
     Returns:
         The scores by these names, 'protocol' and 'protocol_digest'.
@@ -142,11 +148,57 @@ def evaluate(
     if not isinstance(images, str | Path):
         samples = images_in(np.asarray(images))
     elif is_checkpoint(images):
-        samples, known = _samples_of(images)
+        samples, known = _samples_of(images, vae)
     else:
         samples = open_images(Path(images))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return evaluate_images(samples, reference, extractor, metrics, device=device, known=known)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    vae: str | None = None,
+    mirrored: bool = False,
+    channels: Literal[1, 3] = 3,
+    max_unreadable: float = 0.001,
+) -> str:
+    """Prepares images for training, with the bytes that ``sddit prepare`` gives; returns `out`, for `data.path`.
+
+    The same call again goes on where one was interrupted, and returns at once when all is done.
+
+    Args:
+        source: a folder with a subfolder of images for each class, parquet as on the Hugging Face hub, WebDataset tars,
+            or an .npz with images and labels; a file, a folder or a pattern, here or an address such as ``s3://…``.
+        out: the folder to make, here or an address.
+        size: side in pixels of ADM's centre crop; None keeps images that all have one size as they are.
+        vae: encode with this AutoencoderKL, a folder or a name on the Hugging Face hub.
+        mirrored: encode the mirrored images as well, which `data.flip` needs of latents.
+        channels: 3 makes all images RGB, 1 grey.
+        max_unreadable: fraction of the images that may be unreadable; they are listed in unreadable.txt and left out.
+
+    Raises:
+        UsageError: arguments that do not fit together, or `out` holds something else.
+        DataError: the source is missing, or is not what training data are made of.
+        StorageError: a storage cannot be read or written.
+    """
+    from sddit.data.job import Job
+    from sddit.data.prepare import make_shards
+
+    job = Job(
+        str(source),
+        str(out),
+        size=size,
+        vae=vae,
+        mirrored=mirrored,
+        channels=channels,
+        max_unreadable=max_unreadable,
+    )
+    if not job.done:
+        job.run(make_shards)
+    return str(out)
 
 
 def build_reference(source: str, extractor: str | None = None, metrics: Sequence[str] | None = None) -> dict[str, Any]:
@@ -195,7 +247,7 @@ def diagnose(checkpoint: str | Path, names: Sequence[str], test_path: str | None
     from sddit.data.shards import Shards
     from sddit.metrics.check import FINAL, check_held_out, check_metrics, check_names
     from sddit.metrics.features import get_extractor
-    from sddit.metrics.reference import of_manifest
+    from sddit.metrics.reference import reference_of
     from sddit.training import diagnostics, evaluation
 
     check_names(names, FINAL, "diagnostic")
@@ -209,13 +261,14 @@ def diagnose(checkpoint: str | Path, names: Sequence[str], test_path: str | None
             f"{checkpoint} was trained on {method.shape} of {method.num_classes}. Put its own data there."
         )
     check_held_out(experiment, manifest)
-    sampler = BatchSampler(Shards(manifest), seed=experiment.seed, batch_size=1, hold_out=experiment.data.hold_out)
+    sampler = BatchSampler.of(experiment, Shards(manifest), batch_size=1)
     metrics = ("fid",) if "seeds" in names else ()
     extractor, real, evaluated = None, None, evaluation.Evaluation({})
     if {"copying", "seeds"} & set(names):
-        check_metrics(("fid",), options.extractor, options.samples, manifest.count)
+        source = reference_of(experiment, manifest)
+        check_metrics(("fid",), options.extractor, options.samples, source.count)
         extractor = get_extractor(options.extractor, device)
-        real = of_manifest(manifest).load(extractor, metrics)
+        real = source.load(extractor, metrics)
         evaluated = evaluation.evaluate(method, method.network, extractor, real, device, metrics, keep_features=True)
     return diagnostics.diagnose(
         names,
@@ -268,22 +321,48 @@ def _read_method(checkpoint: str | Path, changes: Mapping[str, Any] | None = Non
     """
     import torch
 
+    from sddit.data.vae import decoder_of
     from sddit.methods import build_method
 
     experiment, shape, num_classes, tensors = _read(checkpoint)
-    method = build_method(experiment.replace(changes or {}), shape, num_classes)
+    experiment = experiment.replace(changes or {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = _vae_of(checkpoint, experiment, shape)
+    method = build_method(experiment, shape, num_classes)
+    method.decode = decoder_of(vae, experiment.data.vae, device)
     method.network.load_state_dict(tensors)
     return method.to(device).eval(), device
 
 
-def _samples_of(checkpoint: str | Path) -> tuple[Images, dict[str, Any]]:
+def _vae_of(checkpoint: str | Path, experiment: Experiment, shape: tuple[int, int, int]) -> VaeInfo | None:
+    """The autoencoder that a checkpoint's samples are decoded by, None for pixels.
+
+    Raises:
+        UsageError: it makes latents, and neither it nor `data.vae` says of which autoencoder.
+    """
+    from sddit.data.manifest import VaeInfo
+    from sddit.data.vae import described
+    from sddit.training.store import read_checkpoint
+
+    if values := read_checkpoint(checkpoint).values.get("vae"):
+        return VaeInfo.model_validate(values)
+    if experiment.data.vae:
+        return described(experiment.data.vae, shape)
+    if shape[0] not in (1, 3):
+        raise UsageError(
+            f"{checkpoint} makes latents {shape} (C, H, W), and does not say of which autoencoder. Name it with --vae, "
+            "as in --vae stabilityai/sd-vae-ft-ema."
+        )
+    return None
+
+
+def _samples_of(checkpoint: str | Path, vae: str | None) -> tuple[Images, dict[str, Any]]:
     """The samples of a checkpoint as its experiment's own evaluations make them, and what the protocol says of them."""
     from sddit.metrics.images import Images
     from sddit.metrics.protocol import Protocol
     from sddit.training import evaluation
 
-    method, device = _read_method(checkpoint)
+    method, device = _read_method(checkpoint, {"data.vae": vae} if vae else None)
     experiment, options = method.experiment, method.experiment.eval
 
     def batches(size: int) -> Iterator[np.ndarray]:
@@ -293,10 +372,12 @@ def _samples_of(checkpoint: str | Path) -> tuple[Images, dict[str, Any]]:
             )
             yield evaluation.sample(method, method.network, labels, lo, options.seed, device).cpu().numpy()
 
-    protocol = Protocol.from_experiment(experiment, "", "")
+    made_by = _vae_of(checkpoint, experiment, method.shape)
+    protocol = Protocol.from_experiment(experiment, "", "", decoder=made_by.digest if made_by else "none")
     known = {name: getattr(protocol, name) for name in ("seed", "labels", "decoder", "rounding", "guided")}
     known["weights"] = "ema"  # what a checkpoint holds for sampling
-    return Images(str(checkpoint), options.samples, method.shape, batches), known
+    shape = made_by.image_shape if made_by else method.shape
+    return Images(str(checkpoint), options.samples, shape, batches), known
 
 
 def import_weights(

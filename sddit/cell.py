@@ -55,20 +55,22 @@ def _run(
     """`run_cell` within a process's own settings; what it holds is gone when it returns."""
     import torch
 
-    from sddit.data import content_digest, open_manifest
+    from sddit.data import open_manifest
     from sddit.data.sampler import BatchSampler
     from sddit.data.shards import Shards
+    from sddit.data.vae import decoder_of
+    from sddit.filesystem import PATIENCE_SECONDS
     from sddit.methods import build_method
     from sddit.metrics import features
     from sddit.metrics.protocol import Protocol
-    from sddit.metrics.reference import Reference, noise_floor, of_manifest
+    from sddit.metrics.reference import Reference, content_digest, noise_floor, reference_of
     from sddit.tracking import CellRecord, NullRecord
     from sddit.training import diagnostics, distributed, loop
     from sddit.training.store import CheckpointStore
 
     where = torch.device(device)
-    manifest = open_manifest(experiment.data.path)
-    identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+    manifest = open_manifest(experiment.data.path, patience_seconds=PATIENCE_SECONDS)
+    identity = experiment.identity(content_digest(experiment, manifest))
     if identity != spec.identity:
         raise UsageError(
             f"The data at {experiment.data.path} are not those the cell was planned with "
@@ -76,35 +78,36 @@ def _run(
         )
     metrics = diagnostics.metrics_of(experiment)
     extractor = features.get_extractor(experiment.eval.extractor, where, metrics)
+    source = reference_of(experiment, manifest)
     record: CellRecord | NullRecord
     if distributed.rank() == 0:
         record = CellRecord(spec.tracking_uri, spec.run_id, owned_run=spec.owned_run, token=spec.token, report=report)
         protocol = Protocol.from_experiment(
-            experiment, manifest.digest, extractor.digest, reference_images=manifest.count
+            experiment,
+            source.content_digest,
+            extractor.digest,
+            decoder=manifest.vae.digest if manifest.vae else "none",
+            reference_images=source.count,
         )
         record.tag("sddit.protocol", protocol.digest)
         record.tag("sddit.protocol.text", protocol.describe())
-        record.tag("sddit.reference_images", str(manifest.count))
+        if source.count:
+            record.tag("sddit.reference_images", str(source.count))
     else:
         record = NullRecord(report)
-    source = of_manifest(manifest)
 
     @functools.cache
     def reference() -> Reference:
         """Asked for at the first evaluation, which says what real images would score as well."""
-        floor = noise_floor(source, extractor, experiment.eval.samples)
-        record.tag("sddit.noise_floor", json.dumps(floor))
+        if source.images and not source.statistics:
+            floor = noise_floor(source, extractor, experiment.eval.samples)
+            record.tag("sddit.noise_floor", json.dumps(floor))
         return source.load(extractor, metrics)
 
     store = CheckpointStore(spec.storage, fence=record.fence)
     method = build_method(experiment, manifest.shape, manifest.num_classes)
-    sampler = BatchSampler(
-        Shards(manifest),
-        seed=experiment.seed,
-        batch_size=experiment.train.batch_size,
-        flip=experiment.data.flip,
-        hold_out=experiment.data.hold_out,
-    )
+    method.decode = decoder_of(manifest.vae, experiment.data.vae, where)
+    sampler = BatchSampler.of(experiment, Shards(manifest))
     try:
         result = loop.train(
             experiment,
@@ -121,7 +124,7 @@ def _run(
     except BaseException as reason:
         # A scheduler ends a cell by an exception that is no error, and waits for it; an error is not to be hidden.
         with contextlib.suppress(TrackingError):
-            record.close(60.0 if isinstance(reason, Exception) else 5.0)
+            record.close(min(60.0, PATIENCE_SECONDS) if isinstance(reason, Exception) else 5.0)
         raise
     record.close()
     record.fence()

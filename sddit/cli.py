@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +22,7 @@ class Train:
     """Train one experiment, or go on with it, and record it in MLflow. The same command again resumes."""
 
     preset: str = "digits"
-    """Base experiment: digits, cifar10, imagenet256."""
+    """Base experiment: digits, cifar10, cifar10-latents, imagenet256."""
     method: str = "sddit"
     size: str = "S/2"
     steps: int | None = None
@@ -29,8 +31,8 @@ class Train:
     """The MLflow experiment it is recorded under."""
     tracking_uri: str | None = None
     """Default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    storage: str = "runs"
-    """Folder or URI for checkpoints."""
+    storage: str = os.environ.get("SDDIT_STORAGE") or "runs"
+    """Folder or URI for checkpoints; default: SDDIT_STORAGE, else runs."""
     dry_run: bool = False
     """Print every field with its value and source, parameters, FLOPs and memory, and stop."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -66,6 +68,8 @@ class Sample:
     count: int = 100
     """Images; their classes run through 0, 1, 2, …"""
     seed: int = 0
+    vae: str | None = None
+    """Where the autoencoder of latents is, if not where the checkpoint says: a folder, or a name on the hub."""
 
     def run(self) -> None:
         if self.out.suffix not in (".npz", ".png"):
@@ -78,7 +82,7 @@ class Sample:
         from sddit.training.store import read_checkpoint
 
         num_classes = int(read_checkpoint(self.checkpoint).values["num_classes"])
-        images = api.sample(self.checkpoint, [i % num_classes for i in range(self.count)], seed=self.seed)
+        images = api.sample(self.checkpoint, [i % num_classes for i in range(self.count)], seed=self.seed, vae=self.vae)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if self.out.suffix == ".npz":
             np.savez_compressed(self.out, arr_0=images)
@@ -107,6 +111,8 @@ class Evaluate:
     """Of fid,sfid,is,precision,recall,kid; default: fid, or nothing with --final."""
     final: str | None = None
     """Of probe,copying,denoising,seeds: the diagnostics of a checkpoint, on the data it was trained on."""
+    vae: str | None = None
+    """Where the autoencoder of a checkpoint's latents is, if not where the checkpoint says."""
     test_path: str | None = None
     """Held-out images for --final, a prepared folder; default: what the checkpoint's experiment held out."""
 
@@ -117,7 +123,7 @@ class Evaluate:
             raise UsageError(f"--final needs a checkpoint, but {self.samples} holds images. Leave --final out.")
         found: dict[str, Any] = {}
         if self.metrics or not self.final:
-            found = api.evaluate(self.samples, self.reference, self.extractor, _names(self.metrics or "fid"))
+            found = api.evaluate(self.samples, self.reference, self.extractor, _names(self.metrics or "fid"), self.vae)
         if self.final:
             found["final"] = api.diagnose(self.samples, _names(self.final), self.test_path)
         print(json.dumps(found, indent=1))
@@ -144,6 +150,46 @@ class Reference:
 def _names(text: str) -> list[str]:
     """The words of a comma-separated list."""
     return [name.strip() for name in text.split(",")]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Make a data set of images for training, on all of a Ray cluster. The same command again goes on.
+
+    Decodes, crops and, with --vae, encodes. Written are shards (pixels uint8, or mean and std of latents in half
+    precision) and, last, manifest.json; the bytes do not depend on the number of workers. Connects to RAY_ADDRESS,
+    else starts Ray on this machine.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A folder with a subfolder of images for each class, parquet as on the Hugging Face hub (image, label), WebDataset
+    tars (.jpg or .png, and .cls), or an .npz (images, labels): a file, a folder, or a pattern in quotes such as
+    'data/train-*.parquet'; here, or an address such as s3://bucket/folder."""
+    out: str
+    """The folder to make, here or s3://…"""
+    size: int | None = None
+    """Side in pixels of ADM's centre crop; default: images that all have one size are kept as they are."""
+    vae: str | None = None
+    """Encode with this diffusers AutoencoderKL: a folder, or a name on the hub such as stabilityai/sd-vae-ft-ema."""
+    mirrored: bool = False
+    """Encode the mirrored images as well, which data.flip needs of latents: twice the size."""
+    channels: Literal[1, 3] = 3
+    """3 turns grey images into RGB, 1 all into grey."""
+    name: str | None = None
+    """The data set's name in its manifest; default: that of the folder."""
+    max_unreadable: float = 0.001
+    """Fraction of the images that may be unreadable; they are listed in unreadable.txt and left out."""
+    workers: int | None = None
+    """Shards made at once, at most; default: one for each CPU, or each GPU that encodes."""
+    gpus: int | None = None
+    """GPUs that encode; default: all of the cluster now. An autoscaling one starts nodes for more; 0: on CPUs."""
+
+    def run(self) -> None:
+        from dataclasses import asdict
+
+        from sddit.orchestration.prepare import prepare
+
+        prepare(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -240,10 +286,84 @@ class Status:
         show(self.name, self.tracking_uri)
 
 
+@dataclass(frozen=True)
+class Serve:
+    """Run the tracking server of a cluster: MLflow's own over sqlite, its database copied to storage and restored."""
+
+    data: Path
+    """The folder of the database, on a disk of this machine."""
+    artifacts: str | None = None
+    """Folder or URI for figures and sample grids; default: artifacts in the folder of the database."""
+    backup: str | None = None
+    """Folder or URI that the database is copied to each minute and at the end, and restored from at the start."""
+    database: str | None = None
+    """The URI of a database server, e.g. postgresql://user@host/mlflow, which is then not copied."""
+    host: str = "127.0.0.1"
+    """Where to listen; 0.0.0.0: on all addresses, for whom a firewall or security group lets through."""
+    port: int = 5000
+    names: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A name by which others reach this machine, beside its addresses; repeatable."""
+    workers: int = 1
+    """Processes that answer."""
+    every: float = 60.0
+    """Seconds between copies."""
+    detach: bool = False
+    """Return when it answers, and go on in the background, in place of one that serves the folder already."""
+    stop: bool = False
+    """End the one that serves the folder, after a last copy; if none runs, copy at once."""
+
+    def run(self) -> None:
+        from sddit import serve
+
+        if self.stop:
+            print(serve.stop(self.data))
+            return
+        if self.database and self.backup:
+            raise UsageError("--backup copies a sqlite file, so it cannot be used with --database. Leave one out.")
+        if self.every <= 0 or self.workers < 1:
+            raise UsageError(f"--every {self.every:g} and --workers {self.workers} must be above 0.")
+        server = serve.Server(
+            self.data, self.artifacts or str(self.data / "artifacts"), self.backup, self.database, self.host,
+            self.port, self.names, self.workers, self.every,
+        )  # fmt: skip
+        if self.detach:
+            server.start([word for word in sys.argv[2:] if word != "--detach"])
+        else:
+            server.run()
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look, before anything is spent, whether an experiment could run here, or on every node of RAY_ADDRESS: code,
+    libraries, devices, clocks, storage, record, data, weights, room. One line each, with what to do."""
+
+    preset: str = "digits"
+    """Base experiment: digits, cifar10, imagenet256."""
+    method: str = "sddit"
+    size: str = "S/2"
+    workers: int = 1
+    """Workers per cell, anywhere in the cluster."""
+    tracking_uri: str | None = None
+    """Default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    storage: str = os.environ.get("SDDIT_STORAGE") or "runs"
+    """Folder or URI for checkpoints; default: SDDIT_STORAGE, else runs."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """section.field=value, repeatable."""
+
+    def run(self) -> None:
+        changes = {"resources.workers": self.workers, **dict(parse_assignment(text) for text in self.set)}
+        method = changes.pop("method.name", self.method)
+        experiment = presets.preset(self.preset)(size=self.size, method=method).replace(changes)
+        from sddit.orchestration import doctor
+
+        doctor.run(experiment, storage=self.storage, tracking_uri=self.tracking_uri)
+
+
 def main() -> None:
     """The command's entry point; exits."""
     commands: dict[str, Any] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "reference": Reference}
-    commands |= {"import": Import, "export": Export, "compare": Compare, "status": Status}
+    commands |= {"prepare": Prepare, "import": Import, "export": Export, "compare": Compare, "status": Status}
+    commands |= {"doctor": Doctor, "serve": Serve}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
     def run() -> None:

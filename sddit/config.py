@@ -250,13 +250,29 @@ class Diffusion(Section):
 
 
 class Data(Section):
-    path: Annotated[str, NotInDigest] = "digits"  # a name in DATASETS, or a folder with a manifest.json
+    # A name in DATASETS, a folder with a manifest.json, or the address of one (s3://, gs://, …).
+    path: Annotated[str, NotInDigest] = "digits"
+    # Train on fewer images, the same ones whatever the seed; a larger number adds to them. What is scored against stays
+    # the whole data set, or eval.reference.
+    max_images: Count | None = None
+    per_class: Count | None = None  # so many of each class
     flip: bool = False  # random horizontal flip
     hold_out: Rate = 0.0  # fraction of the images that is not trained on, for eval.final
     test_path: Annotated[str | None, NotInDigest] = None  # or a data set of held-out images
-    # Used only where the data are not at hand (counting parameters); a manifest always wins.
+    vae: Annotated[str | None, NotInDigest] = None  # of latents, where it is not where their manifest says
+    # What the data are where they are not at hand (counting parameters). Those that are must have this shape, if it is
+    # given; their classes are what their manifest says.
     shape: Annotated[tuple[int, int, int] | None, NotInDigest] = None  # (C, H, W)
     num_classes: Annotated[Count | None, NotInDigest] = None
+
+    @model_validator(mode="after")
+    def _one_subset(self) -> Data:
+        if self.max_images is not None and self.per_class is not None:
+            raise ValueError(
+                f"data.max_images {self.max_images} and data.per_class {self.per_class} cannot both be given. "
+                "Leave one of them out"
+            )
+        return self
 
 
 class Train(Section):
@@ -302,6 +318,8 @@ class Eval(Section):
     every: Count = 50_000  # steps; evaluations and checkpoints fall on its multiples and on the last step
     samples: Annotated[int, Field(ge=2)] = 50_000
     extractor: str = "inception-v3-compat"
+    # What is scored against: None is the data themselves; or pixels as for `sddit evaluate`, which latents need.
+    reference: Annotated[str | None, NotInDigest] = None
     metrics: tuple[Literal["fid", "sfid", "is", "precision", "recall", "kid"], ...] = ("fid",)
     seed: Steps = 0
     weights: Literal["ema", "raw"] = "ema"

@@ -31,8 +31,16 @@ class CorruptCheckpointError(CheckpointError):
     """A checkpoint is not what was written."""
 
 
+class OutageError(CheckpointError):
+    """Checkpoints cannot be read or written now. Nothing is wrong with the cell: the same command goes on."""
+
+
 class DataError(SdditError):
     """A data set is missing, half-written or does not match its manifest."""
+
+
+class StorageError(SdditError):
+    """A place for files cannot be opened: no such bucket, no access, no network, a missing package."""
 
 
 class TrackingError(SdditError):

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ import numpy as np
 
 from sddit.config import Experiment
 from sddit.errors import SupersededError, TrackingError, UsageError
+from sddit.filesystem import PATIENCE_SECONDS, patiently
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,9 +47,10 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 HEARTBEAT_SECONDS = 10.0
 CLOCK_SECONDS = 5.0  # by which the start of one process may seem to differ
 SILENT_SECONDS = 60.0  # a remote owner silent for so long is taken over
-PATIENCE_SECONDS = 300.0  # for a store that does not answer while cells run
 SEND_SECONDS = 5.0  # points wait at most so long
 BATCH = 500  # points a call
+# The store understood the call and will not take it; anything else may be an outage.
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 GRID_KEY = "samples/grid"
 VIEW = "sddit"  # the name of our view of a sweep in MLflow's UI
 
@@ -79,6 +82,7 @@ def open_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for name in ("alembic", "mlflow", "mlflow.store.db.utils"):  # they announce every table
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -96,12 +100,25 @@ def open_client(uri: str) -> MlflowClient:
                     db.execute("PRAGMA journal_mode=WAL")
             _analyse(uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
         raise TrackingError(
             f"The tracking store {uri} cannot be reached: {_first_line(error)}. Start it, or give another one with "
             "--tracking-uri (default: sqlite:///mlflow.db in the current folder)."
         ) from None
     return client
+
+
+def check_writable(uri: str) -> None:
+    """Sets a tag of an experiment that is there, and takes it away again: the store is left as it was.
+
+    Raises:
+        TrackingError: it cannot be reached or written to.
+    """
+    client = open_client(uri)
+    with _as_tracking_error(f"The tracking store {uri} cannot be written to"):
+        for experiment in client.search_experiments(max_results=1):
+            client.set_experiment_tag(experiment.experiment_id, "sddit.doctor", "")
+            client.delete_experiment_tag(experiment.experiment_id, "sddit.doctor")
 
 
 def _analyse(uri: str) -> None:
@@ -123,7 +140,7 @@ def _as_tracking_error(what: str) -> Iterator[None]:
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:  # the latter of the client that sends artifacts
         raise TrackingError(f"{what}: {_first_line(error)}.") from error
 
 
@@ -135,16 +152,14 @@ def _patiently(what: str, call: Callable[[], T]) -> T:
     """
     from mlflow.exceptions import MlflowException
 
-    until, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
-    while True:
-        try:
-            return call()
-        except MlflowException as error:
-            if error.error_code == "INVALID_PARAMETER_VALUE" or time.monotonic() > until:
-                raise TrackingError(f"{what}: {_first_line(error)}.") from error
-            log.warning("MLflow does not answer (%s); asking again.", _first_line(error))
-        time.sleep(pause)
-        pause = min(15.0, 2 * pause)
+    def passes(error: Exception) -> bool:
+        return isinstance(error, failures) and getattr(error, "error_code", None) not in REFUSALS
+
+    failures = (MlflowException, OSError)  # the latter of the client that asks for artifacts
+    try:
+        return patiently(call, what, passes=passes)
+    except failures as error:
+        raise TrackingError(f"{what}: {_first_line(error)}.") from error
 
 
 # -------------------------------------------------------------------------------------------------------- the driver
@@ -298,7 +313,11 @@ class SweepRecord:
         run_id: str | None,
         more_tags: Mapping[str, str] | None = None,
     ) -> str:
-        """The run of a cell, created or opened again, in state 'running'. Returns its run id."""
+        """The run of a cell, created or opened again, in state 'running'. Returns its run id.
+
+        Raises:
+            TrackingError: the store refuses it, or did not answer for minutes.
+        """
         from mlflow.entities import Param, RunTag
 
         tags = {
@@ -318,19 +337,26 @@ class SweepRecord:
         }
         fields = {**experiment.digest_fields(), "data.digest": data_digest}
         params = [Param(k, _param(v)) for k, v in fields.items()]
-        with _as_tracking_error(f"Cell {identity} could not be recorded"):
-            if run_id is None:
-                name = f"{label}-{experiment.method.name}-s{experiment.seed}-{identity}"
-                run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-                self.client.log_batch(run_id, params=params)
-            else:
-                # Params are logged only where a kill came before them: later fields must not be added to a cell.
-                known = self.client.get_run(run_id).data.params
-                self.client.log_batch(
-                    run_id, tags=[RunTag(k, v) for k, v in tags.items()], params=[] if known else params
-                )
-                self.client.update_run(run_id, status="RUNNING")
-        return run_id
+        name = f"{label}-{experiment.method.name}-s{experiment.seed}-{identity}"
+        tries = itertools.count()
+
+        def write() -> str:
+            found = run_id or (self._cell(identity) if next(tries) else None)  # made by a try that got no answer
+            if found is None:
+                found = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+                self.client.log_batch(found, params=params)
+                return found
+            # Params are logged only where a kill came before them: later fields must not be added to a cell.
+            known = self.client.get_run(found).data.params
+            self.client.log_batch(found, tags=[RunTag(k, v) for k, v in tags.items()], params=[] if known else params)
+            self.client.update_run(found, status="RUNNING")
+            return found
+
+        return _patiently(f"Cell {identity} could not be recorded", write)
+
+    def _cell(self, identity: str) -> str | None:
+        found = self.client.search_runs([self.experiment_id], f"tags.`sddit.identity` = '{identity}'")
+        return found[0].info.run_id if found else None
 
     def end_cell(self, run_id: str, state: str, *, error: str = "", log_file: str = "") -> None:
         """Sets a cell's state: done, pruned or failed."""
@@ -350,9 +376,10 @@ class SweepRecord:
         write = functools.partial(self.client.set_terminated, run_id, status="KILLED")
         _patiently(f"The stop of run {run_id} could not be recorded", write)
 
-    def read_step(self, run_id: str) -> int:
-        """The step that a running cell has recorded last."""
-        return int(self.client.get_run(run_id).data.tags.get("sddit.step", 0))
+    def read_steps(self) -> dict[str, int]:
+        """The step that each running cell has recorded last, by run id: one request, however many there are."""
+        running = self.client.search_runs([self.experiment_id], "tags.`sddit.state` = 'running'", max_results=5000)
+        return {run.info.run_id: int(run.data.tags.get("sddit.step", 0)) for run in running}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags of the parent run; refused when one is too long, since MLflow would cut it in silence."""
@@ -458,7 +485,8 @@ class CellRecord:
         token: str | None = None,
         report: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     ) -> None:
-        self.client = open_client(uri)
+        # An outage may begin while the cell's process starts.
+        self.client = patiently(lambda: open_client(uri), uri, passes=lambda error: isinstance(error, TrackingError))
         self.run_id, self.owned_run, self.token, self.report = run_id, owned_run, token, report
         run, self._known, self._grids = _patiently(f"Run {run_id} could not be read", self._recorded)
         self._start_time = run.info.start_time
@@ -467,6 +495,7 @@ class CellRecord:
         )  # ['points', step, {…}], ['grid', step, png in base64], ['tag', name, value]
         self._wake = threading.Condition()
         self._closing = self._urgent = False
+        self._unsure = False  # whether what was sent last arrived
         self._failure: BaseException | None = None
         self.stop_asked = False  # by the driver, through its claim
         self._thread = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
@@ -541,7 +570,7 @@ class CellRecord:
             self._wake.wait_for(lambda: not self._queue or self._failure is not None, timeout)
             return not self._queue
 
-    def close(self, timeout: float = 60.0) -> None:
+    def close(self, timeout: float = PATIENCE_SECONDS) -> None:
         """Sends what is left.
 
         Raises:
@@ -568,8 +597,6 @@ class CellRecord:
             raise self._failure
 
     def _send_loop(self) -> None:
-        from mlflow.exceptions import MlflowException
-
         backoff = 1.0
         while True:
             with self._wake:
@@ -588,16 +615,17 @@ class CellRecord:
                     self._failure = error
                     self._wake.notify_all()
                 return
-            except MlflowException as error:
-                if error.error_code != "INVALID_PARAMETER_VALUE":
+            except Exception as error:  # of MLflow's, or of the client through which it keeps artifacts
+                if getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE":
                     if self._closing:
                         return
                     log.warning("MLflow does not answer (%s); %d records wait.", _first_line(error), len(self._queue))
                     time.sleep(backoff)
                     backoff = min(30.0, 2 * backoff)
+                    self._unsure = True
                     continue
                 log.error("MLflow refuses a record, which is left out: %s. %s", _first_line(error), batch)
-            backoff = 1.0
+            backoff, self._unsure = 1.0, False
             with self._wake:
                 for _ in batch:
                     self._queue.popleft()
@@ -621,6 +649,8 @@ class CellRecord:
 
         if batch[0][0] == "grid":
             _, step, png = batch[0]
+            if self._unsure and step in _recorded_grids(self.client, self.run_id):
+                return
             from PIL import Image
 
             image = Image.open(io.BytesIO(base64.b64decode(png)))

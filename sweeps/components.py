@@ -4,9 +4,11 @@
     python sweeps/components.py
     python sweeps/components.py --set 'component=["SD-DiT", "no L_D", "stop-gradient", "MaskDiT", "DiT (EDM)"]'
 
-Cost on digits: 29 cells of about a minute each, two at a time on two cores. Found there (2026-11-26, one seed, the
-first nine settings alone): SD-DiT 31.3, no masking 31.2, no CLS loss 32.5, no L_D 33.0, no patch loss 33.7, DiT (EDM)
-35.6, no separate decoder 38.3: within some 10 FID that seeds differ by. Stop-gradient 51.5 and MaskDiT 62.9 are not.
+Cost on digits: 29 cells of a minute or less each, two at a time on two cores: 10 to 20 minutes. Found there, one seed
+(2026-11-26): most settings are within some 10 FID of SD-DiT's 31.3, which is how far seeds differ: no masking 31.2,
+no CLS loss 32.5, no L_D 33.0, no patch loss 33.7, DiT (EDM) 35.6, no separate decoder 38.3. What is not: nothing (43.0)
+or zeros (43.9) at masked slots, L_G on visible tokens (44.0), stop-gradient (51.5), MaskDiT (62.9). The lowest is 8
+times the prototypes, 25.2, one draw of 29. A decoder as wide as the encoder is what digits has anyway.
 
 The last line is the minimum set that attributes a gain: without 'no L_D' and 'DiT (EDM)' the change of formulation and
 architecture is confounded with the discriminative loss, since the published comparison sets DiT and MDT under IDDPM

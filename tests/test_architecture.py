@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"config", "errors", "seeding", "cost", "presets", "intervals"}
+EVERYWHERE = {"config", "errors", "seeding", "cost", "presets", "intervals", "filesystem"}
 # room → rooms of the project that it may import, at any depth of its code
 ALLOWED = {
     "config": {"errors"},
     "errors": set(),
+    "filesystem": {"errors"},
     "environment": {"errors"},
     "seeding": set(),
     "intervals": set(),
@@ -28,12 +29,13 @@ ALLOWED = {
     "tracking": EVERYWHERE,
     "results": EVERYWHERE,
     "comparison": EVERYWHERE | {"results"},
-    "checkpoints": EVERYWHERE | {"models", "training"},
+    "checkpoints": EVERYWHERE | {"models", "training", "data"},
     "cell": EVERYWHERE | {"training", "methods", "data", "metrics", "tracking"},
     "orchestration": EVERYWHERE | {"environment", "cell", "training", "data", "metrics", "tracking", "results"},
     "api": EVERYWHERE
     | {"cell", "training", "checkpoints", "methods", "models", "data", "metrics", "tracking", "results"},
-    "cli": EVERYWHERE | {"describe", "environment", "api", "training", "comparison", "orchestration"},
+    "serve": {"errors", "filesystem"},
+    "cli": EVERYWHERE | {"describe", "environment", "api", "training", "comparison", "orchestration", "serve"},
     "__init__": EVERYWHERE | {"api", "results"},
     "__main__": {"cli"},
 }
@@ -102,10 +104,12 @@ def loaded(code):
         ("import analysis.report, analysis.plot_search, analysis.table1", {"torch", "ray", "mlflow", "optuna"}),
         ("import sweeps.mask_ratio, sweeps.search", {"torch", "ray", "mlflow", "optuna", "matplotlib"}),
         ("import sddit.orchestration.status", {"torch", "ray", "mlflow", "optuna"}),
+        ("import sddit.orchestration.doctor", {"torch", "ray", "mlflow", "optuna"}),
         ("import sddit.orchestration.driver", {"torch", "mlflow"}),
         ("import sddit.orchestration.trial", {"torch", "ray", "mlflow"}),
         ("import sddit.training.store, sddit.metrics.features, sddit.data", {"torch", "ray", "mlflow"}),
         ("import sddit.training.loop", {"ray", "mlflow"}),
+        ("import sddit.orchestration.prepare, sddit.data.job", {"torch", "ray", "mlflow", "pandas"}),
     ],
 )
 def test_what_a_process_does_not_need_is_not_loaded(code, forbidden):

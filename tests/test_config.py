@@ -98,7 +98,8 @@ def test_exactly_what_can_change_a_result_is_in_the_identity():
     outside = {path for path, skipped in _paths(presets.digits()) if skipped}
     assert outside == {
         "method.collapse_threshold", "method.collapse_after", "data.path", "data.test_path", "data.shape",
-        "data.num_classes", "train.steps", "train.micro_batch", "train.compile", "train.log_every", "eval.nfe",
+        "data.num_classes", "data.vae", "eval.reference",
+        "train.steps", "train.micro_batch", "train.compile", "train.log_every", "eval.nfe",
         "eval.batch_size", "eval.grid", "resources.workers", "resources.cpus_per_worker", "resources.gpus_per_worker",
     }  # fmt: skip
     base = presets.digits()

@@ -8,7 +8,12 @@ from sddit import cost, presets
 from sddit.config import METHOD_CONFIGS, SIZE_GRIDS
 from sddit.describe import describe
 
-SHAPES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "imagenet256": ((4, 32, 32), 1000)}
+SHAPES = {
+    "digits": ((1, 8, 8), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar10-latents": ((4, 8, 8), 10),
+    "imagenet256": ((4, 32, 32), 1000),
+}
 SIZES = [f"{letter}/{patch}" for letter in ("S", "B", "L", "XL") for patch in (2, 4)]
 CASES = list(itertools.product(presets.PRESETS, METHOD_CONFIGS, SIZES))
 
@@ -27,7 +32,7 @@ def test_every_preset_is_complete(name, method, size):
     assert experiment.model.dims == SIZE_GRIDS[experiment.model.grid][size.partition("/")[0]]
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10-latents"])
 def test_samples_cost_every_method_the_same(name):
     methods = [presets.preset(name)("S/2", method) for method in METHOD_CONFIGS]
     both = [e.replace({"diffusion.kind": kind}) for e in methods for kind in ("edm", "iddpm")]

@@ -123,6 +123,40 @@ def test_an_outage_loses_nothing(uri, run_id, monkeypatch):
     assert len(points(uri, run_id)) == 5
 
 
+def test_a_grid_whose_answer_is_lost_is_there_once(uri, run_id, monkeypatch):
+    record = CellRecord(uri, run_id)
+    real, calls = record.client.log_image, []
+
+    def unanswered(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("503 Server Error")  # the client that sends artifacts has exceptions of its own
+        real(*args, **kwargs)
+        if len(calls) == 2:
+            raise OSError("connection reset")
+
+    monkeypatch.setattr(record.client, "log_image", unanswered)
+    record.grid(1, np.ones((8, 8, 1), dtype=np.uint8))
+    record.points(1, {"train/loss": 1.0})
+    record.close(timeout=30)
+    images = [file.path for file in record.client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    assert len(images) == 1 and points(uri, run_id) == [(1, "train/loss", 1.0)]
+
+
+def test_a_cell_that_is_opened_in_an_outage_has_one_run(sweep, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    real, calls = sweep.client.create_run, []
+
+    def unanswered(*args, **kwargs):
+        calls.append(real(*args, **kwargs))
+        raise MlflowException("no answer")
+
+    monkeypatch.setattr(sweep.client, "create_run", unanswered)
+    assert start(sweep) == calls[0].info.run_id and len(calls) == 1
+    assert sweep.client.get_run(calls[0].info.run_id).data.params
+
+
 def test_records_that_never_arrive_are_an_error_that_says_where_they_are(uri, run_id, monkeypatch):
     from mlflow.exceptions import MlflowException
 

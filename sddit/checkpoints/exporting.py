@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -147,17 +146,9 @@ def _write_pipeline(tensors: Mapping[str, Tensor], trained: Implied, out: Path, 
 
 
 def _load_vae(vae: str, trained: Implied) -> AutoencoderKL:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from sddit.data.vae import Vae
 
-    try:
-        if not Path(vae).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", vae):  # no name that the hub could have
-            raise OSError("no such folder")
-        decoder = AutoencoderKL.from_pretrained(vae)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise UsageError(
-            f"--vae {vae} cannot be loaded ({reason}). Give the folder of a diffusers AutoencoderKL."
-        ) from None
+    decoder = Vae(vae).model
     if (channels := decoder.config.latent_channels) != trained.shape[0]:
         raise UsageError(f"--vae {vae} has latents of {channels} channels, but the model makes {trained.shape[0]}.")
     return decoder

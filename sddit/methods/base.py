@@ -16,6 +16,7 @@ Methods know torch and torch.distributed, nothing of Ray, MLflow or files.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,8 @@ class Method(nn.Module):
     """
 
     network: nn.Module
+    # From what the network sees to images near [-1, 1]; whoever reads the data sets it where those are latents.
+    decode: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
 
     def __init__(self, experiment: Experiment, shape: tuple[int, int, int], num_classes: int) -> None:
         """`shape` is (C, H, W) as the network sees it; `num_classes` is also the null class's index."""

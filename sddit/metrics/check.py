@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from sddit.config import Experiment
 from sddit.data import Manifest, open_manifest
-from sddit.data.sampler import num_trained_on
+from sddit.data.sampler import check_flip, num_trained_on
+from sddit.data.subset import check_data, num_used
+from sddit.data.vae import check_vae
 from sddit.errors import UsageError, did_you_mean
 from sddit.metrics.features import check_extractor, check_layers
 from sddit.metrics.protocol import METRICS
-from sddit.metrics.reference import PARTS
+from sddit.metrics.reference import PARTS, reference_of
 
 FINAL = ("probe", "copying", "denoising", "seeds")
 NEED_HELD_OUT = ("probe", "copying", "denoising")
@@ -38,22 +40,29 @@ def check_metrics(metrics: Sequence[str], extractor: str, samples: int | None, r
 
 
 def check_evaluation(experiment: Experiment, manifest: Manifest) -> None:
-    """Whether the evaluations of an experiment on these data can be done: extractor, metrics, final diagnostics.
+    """Whether an experiment can be trained on these data and its evaluations be done: size, classes, decoder,
+    extractor, reference, metrics, final diagnostics.
 
     Raises:
         UsageError: they cannot.
-        DataError: `data.test_path` is no data set.
+        DataError: `data.test_path` is no data set, or `eval.reference` is nothing.
     """
     options = experiment.eval
-    check_extractor(options.extractor, manifest.shape)
-    check_metrics(options.metrics, options.extractor, options.samples, manifest.count)
+    check_data(experiment, manifest)
+    check_flip(manifest, experiment.data.flip)
+    check_extractor(options.extractor, manifest.image_shape)
+    reference = reference_of(experiment, manifest)
+    reference.check(options.extractor, options.metrics, manifest.image_shape)
+    check_metrics(options.metrics, options.extractor, options.samples, reference.count)
+    if manifest.vae:
+        check_vae(manifest.vae, experiment.data.vae)
     check_held_out(experiment, manifest)
 
 
 def check_held_out(experiment: Experiment, manifest: Manifest) -> None:
     """Whether there are held-out images for the final diagnostics that need them. Raises as `check_evaluation`."""
     data = experiment.data
-    num_trained_on(manifest.count, data.hold_out)
+    num_trained_on(num_used(manifest, data), data.hold_out)
     asked = [name for name in experiment.eval.final if name in NEED_HELD_OUT]
     if data.test_path:
         test = open_manifest(data.test_path)

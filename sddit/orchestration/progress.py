@@ -51,7 +51,7 @@ class Progress:
 
     Args:
         title: the first line.
-        read_step: the step a run has reached, by run id; None when it cannot be had now.
+        read_steps: the steps that the running cells have reached, by run id.
         concurrent: cells at once, for the ETA of those that wait.
         logs: where to look when a cell fails.
         tick: called every two seconds.
@@ -62,7 +62,7 @@ class Progress:
         self,
         title: str,
         rows: list[Row],
-        read_step: Callable[[str], int | None],
+        read_steps: Callable[[], dict[str, int]],
         concurrent: int,
         console: Console,
         logs: str = "",
@@ -71,7 +71,7 @@ class Progress:
         budget: float | None = None,
         price: float | None = None,
     ) -> None:
-        self.title, self.rows, self.read_step, self.concurrent = title, rows, read_step, concurrent
+        self.title, self.rows, self.read_steps, self.concurrent = title, rows, read_steps, concurrent
         self.logs, self.tick, self.spent, self.budget, self.price = logs, tick, spent, budget, price
         self.console = console
         self.begun = time.monotonic()
@@ -185,10 +185,11 @@ class Progress:
         while not self._stop.wait(REFRESH_SECONDS):
             with contextlib.suppress(Exception):
                 self.tick()
-            for row in self.rows:
-                if row.state == "running" and row.run_id:
-                    with contextlib.suppress(Exception):  # an outage of the record must not end the sweep
-                        row.step = max(row.step, self.read_step(row.run_id) or 0)
+            with contextlib.suppress(Exception):  # an outage of the record must not end the sweep
+                steps = self.read_steps()
+                for row in self.rows:
+                    if row.state == "running" and row.run_id:
+                        row.step = max(row.step, steps.get(row.run_id, 0))
 
 
 def make_console() -> Console:

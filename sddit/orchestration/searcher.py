@@ -97,6 +97,7 @@ class StudySearcher(Searcher):
         ended: called with (config, state, result) when a trial is over; state is 'done', 'pruned', 'failed', or
             'interrupted' for one that was asked to stop and left a checkpoint.
         closed: whether nothing new is to be started.
+        limit: how many cells may be handed out at once. It is asked each time, since a cluster grows and shrinks.
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class StudySearcher(Searcher):
         propose: Callable[[Point], dict[str, Any] | None],
         ended: Callable[[dict[str, Any], str, dict[str, Any]], None],
         closed: Callable[[], bool] = lambda: False,
+        limit: Callable[[], float] = lambda: math.inf,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
+        self.limit = limit
         self.study, self.ask, self.propose, self.ended, self.closed = study, ask, propose, ended, closed
         self.with_cost = len(study.directions) > 1
         self.open: dict[str, tuple[optuna.Trial, dict[str, Any]]] = {}
@@ -116,6 +119,8 @@ class StudySearcher(Searcher):
         return {}  # Tune pickles its searcher; the study follows from MLflow
 
     def suggest(self, trial_id: str) -> Any:
+        if len(self.open) >= self.limit() and not self.closed():
+            return None  # Tune asks again
         for _ in range(0 if self.closed() else ATTEMPTS):
             trial = self.study.ask()
             config = self.propose(self.ask(trial))

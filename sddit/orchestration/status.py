@@ -43,7 +43,7 @@ def show(sweep: str, tracking_uri: str | None) -> None:
     logs = next((c["tags"].get("sddit.log", "") for c in cells.to_dict("records") if c["state"] == "failed"), "")
     console = make_console()
     progress = Progress(
-        f"Sweep {sweep}: {driver}", rows, lambda run_id: None, 1, console, logs,
+        f"Sweep {sweep}: {driver}", rows, dict, 1, console, logs,
         spent=lambda: spent, budget=budget, price=price,
     )  # fmt: skip
     console.print(progress.render())

@@ -72,7 +72,7 @@ class Flags:
     """The flags of every sweep."""
 
     preset: str = "digits"
-    """Base experiment: digits, cifar10, imagenet256."""
+    """Base experiment: digits, cifar10, cifar10-latents, imagenet256."""
     name: str | None = None
     """The sweep's name; default: the question, with -<preset> appended unless that is digits."""
     seeds: Annotated[int, tyro.conf.arg(metavar="K")] = 1
@@ -101,8 +101,8 @@ class Flags:
     """Also run cells that failed before."""
     tracking_uri: str | None = None
     """Default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    storage: str = "runs"
-    """Folder or URI for checkpoints."""
+    storage: str = os.environ.get("SDDIT_STORAGE") or "runs"
+    """Folder or URI for checkpoints; default: SDDIT_STORAGE, else runs."""
     max_disk_gb: float | None = None
     """Ceiling for checkpoints: the oldest done cells are slimmed to their sampling weights."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -389,6 +389,7 @@ def _run_missing(
     Returns:
         whether something failed, now or before, or could not be run; and whether cells are left for another command.
     """
+    from sddit.orchestration import doctor
     from sddit.orchestration.forecast import forecast
 
     missing = missing_of(planned, job.flags)
@@ -422,6 +423,7 @@ def _run_missing(
     import ray
 
     try:
+        doctor.before_sweep(job, console)
         placement = _place(job, cluster.nodes(), samples)
         console.print(f"Concurrency: {placement.arithmetic}.")
         expected = forecast(missing, speeds, placement, job.base, job.shape, suggested)
@@ -471,7 +473,9 @@ def _place(job: Job, nodes: Sequence[cluster.Node], cells: int) -> cluster.Place
         experiments.append(job.base.replace({"model.size": f"XL/{job.base.model.patch}"}))
     needs = [cost.training_bytes(e, job.shape, job.num_classes) for e in experiments]
     worker = max(cost.worker_bytes(e, job.shape, job.num_classes) for e in experiments)
-    return cluster.place(nodes, job.base.resources, worker, device_bytes=max(map(sum, needs)), cells=cells)
+    return cluster.place(
+        nodes, job.base.resources, worker, device_bytes=max(map(sum, needs)), cells=cells, growth=cluster.growth()
+    )
 
 
 def _connect(job: Job) -> str:

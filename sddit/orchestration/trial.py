@@ -12,17 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 from sddit.cell import CellSpec
-from sddit.errors import SdditError, TrackingError
+from sddit.environment import check_source
+from sddit.errors import OutageError, SdditError, StorageError, TrackingError
+from sddit.filesystem import PATIENCE_SECONDS
 
 log = logging.getLogger(__name__)
-RETRIES = 2  # restarts after a worker was lost; where a cell trains in its trial's process, its own errors are final
+# Restarts after a worker or its node was lost, without an evaluation in between; where a cell trains in its trial's
+# process, its own errors are final.
+RETRIES = 2
+OUTAGES = (OutageError, StorageError, TrackingError)  # nothing is wrong with the cell: the next command goes on
+START_TRIES = 24 * 60  # of a minute each: how long a cell of several workers waits for its nodes
 UNWIND_SECONDS = 120  # a cell that was stopped may take so long to leave a process that is kept for the next
 
 
 def train_in_process(config: dict[str, Any]) -> dict[str, Any] | None:
     """A Tune trial with one worker: trains here, in a process that is kept for the next cell.
 
-    A cause that another try cannot change comes back as 'error'; anything else raises, and Tune tries again.
+    A cause that another try cannot change comes back as 'error', with 'interrupted' where an outage of the storage or
+    the record outlasted the cell's patience; anything else raises, and Tune tries again.
     """
     from ray import tune
 
@@ -30,11 +37,9 @@ def train_in_process(config: dict[str, Any]) -> dict[str, Any] | None:
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(UNWIND_SECONDS)  # else the next cell is lost (ray.md §4)
     try:
         _run(config, tune.report, "cuda:0" if config["per_worker"].get("GPU") else "cpu")
-    except TrackingError:
-        raise  # an outage: another try
     except SdditError as error:
         log.error("%s", error)
-        return {"error": str(error)}
+        return _ended_by(str(error), isinstance(error, OUTAGES))
     return None  # Tune would take anything else for one more report
 
 
@@ -54,7 +59,8 @@ def train_on_workers(config: dict[str, Any]) -> dict[str, Any] | None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=300),  # a rank that hangs in a collective ends the group
+        # A rank that hangs in a collective ends the group; one that waits for the storage to come back does not hang.
+        torch_config=TorchConfig(timeout_s=int(PATIENCE_SECONDS) + 300),
         scaling_config=train.ScalingConfig(
             num_workers=config["workers"], use_gpu=bool(per_worker.get("GPU")), resources_per_worker=per_worker
         ),
@@ -62,14 +68,20 @@ def train_on_workers(config: dict[str, Any]) -> dict[str, Any] | None:
             name=config["identity"],
             storage_path=config["scratch"],
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=train.FailureConfig(max_failures=RETRIES, controller_failure_limit=20),  # type: ignore[call-arg]
+            # Its start-up waits a minute for workers and is tried again: nodes that were lost may take long to come.
+            failure_config=train.FailureConfig(max_failures=RETRIES, controller_failure_limit=START_TRIES),  # type: ignore[call-arg]
         ),
     )
-    try:
-        trainer.fit()
-    except train.TrainingFailedError as error:
-        return {"error": _worker_error(error)}
-    return None
+    while True:
+        before = _reached(config)
+        try:
+            trainer.fit()
+        except train.TrainingFailedError as error:
+            if _reached(config) > before:
+                continue  # losses count in a row: a long cell may meet many
+            cause = _worker_error(error)
+            return _ended_by(cause, any(f"{kind.__name__}: " in cause for kind in OUTAGES))
+        return None
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -83,6 +95,8 @@ def _worker(config: dict[str, Any]) -> None:
 def _run(config: dict[str, Any], report: Callable[[dict[str, Any]], None], device: str) -> None:
     from sddit.cell import run_cell
 
+    if config["source"]:
+        check_source(config["source"])
     reported: list[int] = []
 
     def report_evaluation(step: int, metrics: dict[str, float]) -> None:
@@ -96,8 +110,23 @@ def _run(config: dict[str, Any], report: Callable[[dict[str, Any]], None], devic
         report({k: v for k, v in result.items() if k == "step" or k.startswith("eval/")})
 
 
+def _reached(config: dict[str, Any]) -> int:
+    """The step of the cell's newest checkpoint; 0 while there is none that can be read."""
+    from sddit.training.store import CheckpointStore
+
+    try:
+        return max((c.step for c in CheckpointStore(config["spec"]["storage"]).checkpoints()), default=0)
+    except SdditError:
+        return 0
+
+
 def _worker_error(error: Exception) -> str:
-    """The cause in one line: of the lowest rank that failed, else the last line of the message."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause = failures[min(failures)] if failures else error
-    return str(cause).strip().splitlines()[-1]
+    """The cause in one line: of the lowest rank with an error of our own, else of the lowest that failed."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    lines = [str(failures[rank]).strip().splitlines()[-1] for rank in sorted(failures)]
+    return next((line for line in lines if line.startswith("sddit.errors.")), lines[0])
+
+
+def _ended_by(cause: str, outage: bool) -> dict[str, Any]:
+    """The last report of a cell that could not go on."""
+    return {"error": cause, **({"interrupted": True} if outage else {})}

@@ -107,15 +107,18 @@ def copying(setting: Setting) -> Metrics:
     extractor, device, training = setting.extractor, setting.device, setting.training
     assert extractor is not None
     held_out = _held_out(setting)
-    blocks = [extractor(torch.from_numpy(images)).cpu().numpy() for _, images, _ in _shared(setting, held_out)]
-    mine = np.concatenate([np.empty((0, extractor.dim), dtype=np.float32), *blocks])
+    blocks = [np.empty((0, extractor.dim), dtype=np.float32)]
+    for _, stored, _ in _shared(setting, held_out):
+        blocks.append(extractor(_pixels(setting, held_out, stored)).cpu().numpy())
+    mine = np.concatenate(blocks)
     real = np.concatenate(distributed.gather(mine, device, everywhere=True))
-    features = setting.evaluated.features
-    samples = distributed.broadcast_values(None if features is None else features[:IMAGES])
+    sampled = setting.evaluated.features
+    samples = distributed.broadcast_values(None if sampled is None else sampled[:IMAGES])
     queries = torch.from_numpy(np.concatenate([samples, real])).to(device)
     nearest = torch.full((len(queries),), torch.inf, device=device)
-    for _, images, _ in _shared(setting, training):
-        nearest = torch.minimum(nearest, torch.cdist(queries, extractor(torch.from_numpy(images))).amin(dim=1))
+    for _, stored, _ in _shared(setting, training):
+        features = extractor(_pixels(setting, training, stored))
+        nearest = torch.minimum(nearest, torch.cdist(queries, features).amin(dim=1))
     distances = distributed.minimum(nearest.cpu().numpy(), device)
     ours, theirs = distances[: len(samples)], distances[len(samples) :]
     return {
@@ -179,11 +182,20 @@ def _held_out(setting: Setting) -> ImageSet:
 
 
 def _shared(setting: Setting, images: ImageSet) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """This worker's share of a list, in batches: place of the first, images uint8 (b, C, H, W), labels (b,)."""
+    """This worker's share of a list, in batches: place of the first, images as stored (b, …), labels (b,)."""
     lo, hi = distributed.share(len(images))
     size = setting.method.experiment.eval.batch_size
     for start in range(lo, hi, size):
         yield start, *images.read(start, min(start + size, hi))
+
+
+def _pixels(setting: Setting, images: ImageSet, stored: np.ndarray) -> Tensor:
+    """What the extractor sees of stored images: themselves, or what latents decode to; uint8 (b, C, H, W)."""
+    vae = images.shards.manifest.vae
+    if vae is None:
+        return torch.from_numpy(stored)
+    latents = torch.from_numpy(as_network_sees(stored, vae)).to(setting.device)
+    return evaluation.to_uint8(setting.method.decode(latents))
 
 
 def _gathered(
@@ -195,9 +207,11 @@ def _gathered(
 ) -> np.ndarray:
     """``of(x0, eps, sigma, y)`` for each image of the list, float32 (n, …) on rank 0; elsewhere of the own share."""
 
-    def compute(first: int, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    vae = images.shards.manifest.vae
+
+    def compute(first: int, stored: np.ndarray, labels: np.ndarray) -> np.ndarray:
         eps = seeding.normal(setting.seed, f"final/{stream}", 0, first, first + len(labels), setting.method.shape)
-        x0, noise, y = (torch.from_numpy(a).to(setting.device) for a in (as_network_sees(pixels), eps, labels))
+        x0, noise, y = (torch.from_numpy(a).to(setting.device) for a in (as_network_sees(stored, vae), eps, labels))
         return of(x0, noise, torch.full((len(y),), sigma, device=y.device), y).float().cpu().numpy()
 
     parts = [compute(*batch) for batch in _shared(setting, images)]

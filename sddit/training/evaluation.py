@@ -48,7 +48,7 @@ def labels_of(experiment: Experiment, num_classes: int, lo: int, hi: int, seed: 
 def sample(
     method: Method, network: nn.Module, labels: np.ndarray, first: int, seed: int, device: torch.device
 ) -> Tensor:
-    """Samples first … first + len(labels) - 1 by the experiment's sampler: uint8 (N, C, H, W) on `device`.
+    """Samples first … first + len(labels) - 1 by the experiment's sampler: uint8 (N, C, H, W) on `device`, decoded.
 
     `network` is the averaged or raw generator of `method`. Initial noise, churn and what ancestral sampling adds are
     keyed by (seed, i, solver step).
@@ -67,8 +67,8 @@ def sample(
             return _to_device(seeding.normal(seed, f"eval/{stream}", step, lo, hi, shape), device)
 
         evaluate = guided(partial(process.evaluate, network), y, method.num_classes, scale, channels)
-        images.append(to_uint8(samplers.solve(experiment, evaluate, noise)))
-    return torch.cat(images) if images else torch.empty((0, *shape), dtype=torch.uint8, device=device)
+        images.append(to_uint8(method.decode(samplers.solve(experiment, evaluate, noise))))
+    return torch.cat(images) if images else to_uint8(method.decode(torch.empty((0, *shape), device=device)))
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

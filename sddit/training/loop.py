@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,6 +110,8 @@ def train(
         last_metrics, warned = checkpoint.values["metrics"], checkpoint.values["warned"]
         if rank == 0:
             reporter.restore(checkpoint.values["pending"])
+            reporter.tag("sddit.continued_from", str(checkpoint.step))  # what came after it is computed again
+        del found, checkpoint, tensors  # gigabytes, for as long as the cell runs
     if state.step != (first := distributed.broadcast_values(state.step)):
         raise CheckpointError(
             f"Worker {rank} sees step {state.step} under {store.root}, but worker 0 sees step {first}. "
@@ -124,16 +128,19 @@ def train(
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     flops_per_step = cost.training_flops_per_image(experiment, method.shape) * options.batch_size
     share = options.batch_size // world_size
+    vae = sampler.shards.manifest.vae
     guard = FiniteGuard(store, rank * share, share)
     trainable = [p for p in method.parameters() if p.requires_grad]
     checkpoint_uri = f"{store.root}/step-{state.step:08d}"
-    lap, clocks = Lap(), state.clocks
+    lap, clocks, waited = Lap(), state.clocks, 0.0
     logged_images, logged_seconds = state.step * options.batch_size, clocks.train_seconds
     stopped = False
 
     with contextlib.closing(_batches(experiment, method, sampler, state.step, device)) as batches:
         while state.step < steps and not stopped:
+            asked = time.perf_counter()
             micro_batches = next(batches)
+            waited += time.perf_counter() - asked
             step = state.step  # 0-based in schedules and streams; the points of this step are recorded at step + 1
             _set_learning_rate(state.optimizer, options.lr, options.warmup_steps, step)
 
@@ -171,8 +178,10 @@ def train(
                 metrics = {f"train/{k}": v for k, v in means.items()}
                 metrics |= {f"train/{k}": float(v) for k, v in health.items()}
                 images = step * options.batch_size
-                metrics["train/images_per_s"] = (images - logged_images) / (clocks.train_seconds - logged_seconds)
-                logged_images, logged_seconds = images, clocks.train_seconds
+                seconds = clocks.train_seconds - logged_seconds
+                metrics["train/images_per_s"] = (images - logged_images) / seconds
+                metrics["train/data_wait"] = waited / seconds  # fraction of the time, on this worker
+                logged_images, logged_seconds, waited = images, clocks.train_seconds, 0.0
                 if rank == 0:
                     reporter.points(step, metrics)
 
@@ -215,6 +224,7 @@ def train(
                         "experiment": experiment.model_dump(mode="json"),
                         "shape": list(method.shape),
                         "num_classes": method.num_classes,
+                        "vae": vae and vae.model_dump(mode="json"),
                         "clocks": dataclasses.asdict(state.clocks),
                         "metrics": last_metrics,
                         "warned": warned,
@@ -328,7 +338,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup_steps
 def _batches(
     experiment: Experiment, method: Method, sampler: BatchSampler, first_step: int, device: torch.device
 ) -> Generator[list[Batch]]:
-    """This worker's micro-batches of each step, the next one made while a step runs."""
+    """This worker's micro-batches of each step, the next ones made while a step runs."""
     size = experiment.train.batch_size // distributed.world_size()
     lo = distributed.rank() * size
     micro = experiment.train.micro_batch or size
@@ -348,11 +358,11 @@ def _batches(
             Batch(x0[i : i + micro], y[i : i + micro], {k: v[i : i + micro] for k, v in tensors.items()}) for i in cuts
         ]
 
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        step = first_step
-        future: Future[list[Batch]] = pool.submit(make, step)
-        while True:
-            batches = future.result()
-            step += 1
-            future = pool.submit(make, step)
+    # To draw a batch takes a core some 40 ms per million numbers, which a GPU may be done with sooner.
+    ahead = 4 if device.type == "cuda" else 1
+    with ThreadPoolExecutor(ahead, thread_name_prefix="batches") as pool:
+        futures: deque[Future[list[Batch]]] = deque(pool.submit(make, first_step + i) for i in range(ahead))
+        for step in itertools.count(first_step + ahead):
+            batches = futures.popleft().result()
+            futures.append(pool.submit(make, step))
             yield batches

@@ -10,6 +10,8 @@ only where tensors are read or written, so the driver can keep house.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -17,16 +19,18 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyarrow import fs
 
-from sddit.errors import CheckpointError, CorruptCheckpointError
+from sddit.errors import CheckpointError, CorruptCheckpointError, OutageError
+from sddit.filesystem import in_words, open_filesystem, patiently
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 SAMPLING, TRAINING = "sampling", "training"
 
@@ -45,7 +49,8 @@ class Checkpoint:
 
         Raises:
             CorruptCheckpointError: the file is missing, or has another size or digest.
-            CheckpointError: it was slimmed away, or the storage cannot be read.
+            CheckpointError: it was slimmed away.
+            OutageError: the storage cannot be read.
         """
         if group not in self.files:
             raise CheckpointError(
@@ -54,19 +59,18 @@ class Checkpoint:
             )
         import safetensors.torch
 
-        filesystem, root = _filesystem(self.uri)
+        filesystem, root = open_filesystem(self.uri)
         expected = self.files[group]
         try:
-            with filesystem.open_input_file(f"{root}/{group}.safetensors") as file:
-                data = file.read()
+            data = patiently(lambda: _read(filesystem, f"{root}/{group}.safetensors"), f"Reading {self.uri}")
             if len(data) != expected["bytes"] or _digest(data) != expected["blake2b"]:
                 raise ValueError(f"{len(data)} bytes of {expected['bytes']}, or other content than was written")
             return safetensors.torch.load(data)
         except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
             raise CorruptCheckpointError(f"Corrupt checkpoint {self.uri}/{group}.safetensors: {error}.") from error
         except OSError as error:  # perhaps whole, so nothing may start again and write over it
-            raise CheckpointError(
-                f"Cannot read {self.uri}/{group}.safetensors: {_reason(error)}. Run again."
+            raise OutageError(
+                f"Cannot read {self.uri}/{group}.safetensors: {in_words(self.uri, error)}. Run again."
             ) from error
 
 
@@ -80,7 +84,7 @@ class CheckpointStore:
         self.root = str(root).rstrip("/")
         self.keep = keep
         self.fence = fence or (lambda: None)
-        self.filesystem, self.path = _filesystem(self.root)
+        self.filesystem, self.path = open_filesystem(self.root)
 
     def check_writable(self) -> None:
         """Writes and removes a file.
@@ -96,33 +100,44 @@ class CheckpointStore:
             self.filesystem.delete_file(probe)
         except OSError as error:
             raise CheckpointError(
-                f"Cannot write checkpoints to {self.root}: {_reason(error)}. "
+                f"Cannot write checkpoints to {self.root}: {in_words(self.root, error)}. "
                 "Choose another place with --storage, or give this user the right to write there."
             ) from error
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> str:
-        """Writes a checkpoint and removes all but the newest `keep`. Returns its URI. `values` must fit into JSON."""
+        """Writes a checkpoint and removes all but the newest `keep`. Returns its URI. `values` must fit into JSON.
+
+        Raises:
+            OutageError: the storage did not answer for minutes, or it is full.
+        """
         import safetensors.torch
 
         self.fence()
         folder = f"{self.path}/step-{step:08d}"
-        self.filesystem.create_dir(folder, recursive=True)
+        self._patiently(lambda: self.filesystem.create_dir(folder, recursive=True), "write")
         files = {}
         for group, tensors in groups.items():
             data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
             self._write(f"{folder}/{group}.safetensors", data)
             files[group] = {"bytes": len(data), "blake2b": _digest(data)}
+        self.fence()  # an outage may have lasted long enough for another driver to take over
         self._write_manifest(folder, {"step": step, "files": files, "values": dict(values)})
         self.prune(self.keep)
         return f"{self.root}/step-{step:08d}"
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All complete checkpoints, newest first; incomplete ones are named in the log."""
+        """All complete checkpoints, newest first; incomplete ones are named in the log.
+
+        Raises:
+            OutageError: the storage cannot be read, so what looks missing may be there.
+        """
         found = []
         for step in sorted(self._steps(), reverse=True):
             uri = f"{self.root}/step-{step:08d}"
             try:
                 found.append(read_checkpoint(uri))
+            except OutageError:
+                raise
             except CheckpointError as error:
                 log.warning("%s Using an older one if there is any.", error)
         return found
@@ -133,7 +148,8 @@ class CheckpointStore:
         None where none is left: the cell then starts again, which costs time and changes no result.
 
         Raises:
-            CheckpointError: the newest was slimmed to its sampling weights, or the storage cannot be read.
+            CheckpointError: the newest was slimmed to its sampling weights.
+            OutageError: the storage cannot be read.
         """
         for checkpoint in self.checkpoints():
             try:
@@ -145,7 +161,7 @@ class CheckpointStore:
     def prune(self, keep: int) -> None:
         """Removes all but the newest `keep` checkpoints, and torn ones older than them."""
         for step in sorted(self._steps(), reverse=True)[keep:]:
-            self.filesystem.delete_dir(f"{self.path}/step-{step:08d}")
+            self._patiently(functools.partial(self._delete, f"{self.path}/step-{step:08d}"), "clean up")
 
     def slim(self) -> int:
         """Drops what going on needs from every checkpoint and keeps the sampling weights. Returns the bytes freed."""
@@ -158,7 +174,8 @@ class CheckpointStore:
             files = {k: v for k, v in checkpoint.files.items() if k != TRAINING}
             # The manifest first: a kill in between leaves a stray file, never a checkpoint that lies.
             self._write_manifest(folder, {"step": checkpoint.step, "files": files, "values": checkpoint.values})
-            self.filesystem.delete_file(f"{folder}/{TRAINING}.safetensors")
+            stray = f"{folder}/{TRAINING}.safetensors"
+            self._patiently(functools.partial(self.filesystem.delete_file, stray), "clean up")
             freed += checkpoint.files[TRAINING]["bytes"]
         return freed
 
@@ -170,11 +187,12 @@ class CheckpointStore:
     def total_bytes(self) -> int:
         """Bytes of all files under the root."""
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        return sum(info.size or 0 for info in self.filesystem.get_file_info(selector))
+        infos = self._patiently(lambda: self.filesystem.get_file_info(selector), "read")
+        return sum(info.size or 0 for info in infos)
 
     def _steps(self) -> list[int]:
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        names = [info.base_name for info in self.filesystem.get_file_info(selector)]
+        names = [info.base_name for info in self._patiently(lambda: self.filesystem.get_file_info(selector), "read")]
         return [int(m.group(1)) for m in (re.fullmatch(r"step-(\d+)", name) for name in names) if m]
 
     def _write_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
@@ -184,10 +202,28 @@ class CheckpointStore:
         """One file at once: renamed into place where the file system can, one PUT on object storage."""
         local = isinstance(self.filesystem, fs.LocalFileSystem)
         target = f"{path}.part" if local else path
-        with self.filesystem.open_output_stream(target) as file:
-            file.write(data)
-        if local:
-            self.filesystem.move(target, path)
+
+        def write() -> None:
+            with self.filesystem.open_output_stream(target) as file:
+                file.write(data)
+            if local:
+                self.filesystem.move(target, path)
+
+        self._patiently(write, "write")
+
+    def _delete(self, folder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # an earlier try got so far
+            self.filesystem.delete_dir(folder)
+
+    def _patiently(self, action: Callable[[], T], verb: str) -> T:
+        """The action's result, waited for while an outage lasts."""
+        try:
+            return patiently(action, f"Checkpoints under {self.root}")
+        except OSError as error:
+            raise OutageError(
+                f"Cannot {verb} checkpoints under {self.root}: {in_words(self.root, error)}. "
+                "What was reached before is kept, and the same command goes on."
+            ) from error
 
 
 def read_checkpoint(uri: str | Path) -> Checkpoint:
@@ -195,29 +231,25 @@ def read_checkpoint(uri: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: no such folder, or it has no readable manifest.
+        OutageError: the storage cannot be read.
     """
     uri = str(uri).rstrip("/")
-    filesystem, path = _filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     try:
-        with filesystem.open_input_file(f"{path}/{MANIFEST}") as file:
-            manifest = json.loads(file.read())
+        manifest = json.loads(patiently(lambda: _read(filesystem, f"{path}/{MANIFEST}"), f"Reading {uri}"))
         return Checkpoint(uri, int(manifest["step"]), manifest["values"], manifest["files"])
     except FileNotFoundError:
         raise CheckpointError(f"No checkpoint at {uri}: it has no {MANIFEST}, so it was never completed.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise OutageError(f"Cannot read {uri}/{MANIFEST}: {in_words(uri, error)}. Run again.") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"Corrupt checkpoint {uri}: {MANIFEST} is not readable ({error}).") from error
 
 
-def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    if "://" in uri:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        return filesystem, path.rstrip("/")
-    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+def _read(filesystem: fs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_file(path) as file:
+        return file.read()
 
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).strip().rstrip(".")

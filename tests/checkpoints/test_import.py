@@ -10,6 +10,7 @@ import official
 import pytest
 import safetensors.torch
 import torch
+from latents import write_vae
 from official import CLASSES, L2, S2, S4
 
 import sddit
@@ -131,8 +132,10 @@ def test_it_is_sampled_as_said(tmp_path, capsys, monkeypatch):
         cli.main()
     assert end.value.code == 0
     assert capsys.readouterr().out == f"dit S/2, {CLASSES} classes, 4×8×8\n{tmp_path}/a/b\n"
-    images = sddit.sample(tmp_path / "a" / "b", [0, 1, 2])
-    assert images.shape == (3, 8, 8, 4) and images.dtype == np.uint8
+    with pytest.raises(UsageError, match=r"makes latents \(4, 8, 8\) .*--vae"):
+        sddit.sample(tmp_path / "a" / "b", [0, 1, 2])
+    images = sddit.sample(tmp_path / "a" / "b", [0, 1, 2], vae=str(write_vae(tmp_path / "vae")))
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]  # no remains
 
 

@@ -191,7 +191,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
 def test_a_missing_shard(tmp_path, name):
     _write(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=f"{name} is missing: No such file"):
+    with pytest.raises(DataError, match=f"{name} is missing: no such file"):
         open_manifest(tmp_path)
 
 
@@ -201,6 +201,19 @@ def test_a_shard_cut_short(tmp_path):
         file.truncate(500)
     with pytest.raises(DataError, match=r"images-00001.npy has 500 bytes, but 728 were written"):
         open_manifest(tmp_path)
+
+
+def test_verified_once_and_again_when_a_file_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDDIT_CACHE", str(tmp_path / "cache"))
+    manifest = _write(tmp_path / "set")
+    verified = []
+    monkeypatch.setattr(data.Manifest, "verify", lambda self: verified.append(self.folder))
+    manifest.verify_once()
+    manifest.verify_once()
+    assert len(verified) == 1
+    os.utime(tmp_path / "set" / "images-00001.npy", (1, 1))
+    manifest.verify_once()
+    assert len(verified) == 2
 
 
 @pytest.mark.parametrize("name", ["images-00001.npy", "labels-00000.npy"])

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -97,3 +101,36 @@ def test_labels_out_of_range_are_refused_when_their_file_is_opened(tmp_path, lab
     shards.read(np.arange(10))
     with pytest.raises(DataError, match=r"labels-00001.npy has labels from .* must be in \[0, 5\)"):
         shards.read(np.array([10]))
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """A map holds its file open, and ImageNet has more shards than a shell allows files by default."""
+    many = np.arange(300, dtype=np.uint16).view(np.uint8).reshape(300, 2, 1, 1)
+    write_shards(many, np.zeros(300, dtype=np.int64), tmp_path, name="many", num_classes=1, shard_size=1)
+    code = f"""
+import resource
+import numpy as np
+from sddit.data import open_manifest, shards
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+assert shards.Shards(open_manifest("{tmp_path}")).read(np.arange(300))[0].sum() == {many.sum()}
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
+try:
+    shards.Shards(open_manifest("{tmp_path}"))
+except shards.DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "This data set has 300 shards, but a process may hold 1,000 files open here. Raise" in done.stdout
+
+
+def test_read_by_several_threads(shards):
+    orders = [np.random.default_rng(i).integers(0, 23, 50) for i in range(40)]
+    fresh = Shards(shards.manifest)
+    with ThreadPoolExecutor(8) as pool:
+        for order, (images, labels) in zip(orders, pool.map(fresh.read, orders), strict=True):
+            assert np.array_equal(images, IMAGES[order]) and np.array_equal(labels, LABELS[order])
+
+
+def test_all_labels(shards):
+    assert np.array_equal(shards.labels(), LABELS)

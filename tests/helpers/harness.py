@@ -46,10 +46,7 @@ def run(experiment, folder, stop_at=None, memory=None):
     manifest = open_manifest(experiment.data.path)
     metrics = diagnostics.metrics_of(experiment)
     extractor = features.get_extractor(experiment.eval.extractor, "cpu", metrics)
-    data, train = experiment.data, experiment.train
-    sampler = BatchSampler(
-        Shards(manifest), seed=experiment.seed, batch_size=train.batch_size, flip=data.flip, hold_out=data.hold_out
-    )
+    sampler = BatchSampler.of(experiment, Shards(manifest))
     memory = memory or Memory()
     reached = max((c.step for c in CheckpointStore(folder).checkpoints()), default=0)
     steps = itertools.count(reached + 1)

@@ -272,7 +272,7 @@ def test_real_images_by_a_real_network(tmp_path):
         table = pyarrow.parquet.read_table(folder / f"{part}.parquet", columns=["image"])["image"][:count].to_pylist()
         images = np.stack([np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in table])
         np.savez(tmp_path / f"{part}.npz", images)
-    name, metrics = "efficientnet:EfficientNetLite0", ("fid", "is", "precision", "recall", "kid")
+    name, metrics = "efficientnet-lite0", ("fid", "is", "precision", "recall", "kid")
     real = evaluate_images(open_images(tmp_path / "test.npz"), str(tmp_path / "train.npz"), name, metrics)
     extractor = get_extractor(name, metrics=metrics)
     layers = {}

@@ -4,7 +4,7 @@ import pytest
 
 from sddit.config import Resources
 from sddit.errors import UsageError
-from sddit.orchestration.cluster import GIB, Node, place
+from sddit.orchestration.cluster import GIB, Growth, Node, growth, place
 
 LAPTOP = [Node(cpus=2, gpus=0, memory=16 * GIB)]
 GPU_BOX = [Node(cpus=32, gpus=4, memory=256 * GIB)]
@@ -76,3 +76,69 @@ def test_small_cells_share_a_gpu_where_memory_allows(gpus, memory, needs, cells,
     assert placement.per_worker["GPU"] == share
     alone = place(nodes, Resources(workers=min(2, gpus)), WORKER, device_bytes=needs * GIB, cells=cells)
     assert gpus == 1 or alone.per_worker["GPU"] == 1.0, "workers of one cell never share"
+
+
+HEAD = Node(cpus=4, gpus=0, memory=16 * GIB, head=True)
+SPOT = Node(cpus=48, gpus=4, memory=0)  # as a configuration names it: memory is not known
+CPUS = Node(cpus=16, gpus=0, memory=64 * GIB)
+GROWTH = [
+    # (types with how many nodes of each, nodes in all, resources) → cells now, and at most
+    ([(SPOT, 3)], 10, Resources(), 0, 12),
+    ([(SPOT, 3)], 2, Resources(), 0, 8),  # the limit of all types together
+    ([(SPOT, 2), (SPOT, 2)], 3, Resources(), 0, 12),  # spot and on demand
+    ([(CPUS, 5), (SPOT, 5)], 2, Resources(workers=4), 0, 2),  # the nodes that hold most
+    ([(CPUS, 2)], 8, Resources(), 4, 36),
+    ([(SPOT, 0)], 8, Resources(), 4, 4),
+]
+
+
+@pytest.mark.parametrize(("types", "most", "resources", "now", "later"), GROWTH)
+def test_a_cluster_that_can_grow_is_counted_at_its_largest(types, most, resources, now, later):
+    placement = place([HEAD], resources, WORKER // 8, growth=Growth(tuple(types), most))
+    assert placement.concurrent == later == placement.cells_on([HEAD])
+    assert (f": {now} now, up to {later} as nodes come" in placement.arithmetic) == (now != later)
+    assert ("GPU" in placement.per_worker) == any(node.gpus and count for node, count in types)
+
+
+def test_what_no_growth_can_hold_is_refused_with_the_arithmetic():
+    with pytest.raises(
+        UsageError, match=r"growing to 3 nodes with 100 CPU, 8 GPU.*never hold more than 8.*--workers 8"
+    ):
+        place([HEAD], Resources(workers=9), WORKER, growth=Growth(((SPOT, 2),), 2))
+    with pytest.raises(UsageError, match=r"growing to 3 nodes with 100 CPU, 8 GPU.*never hold more than 0"):
+        place([HEAD], Resources(cpus_per_worker=49), WORKER, growth=Growth(((SPOT, 2),), 2))
+
+
+def test_concurrency_follows_a_cluster_whose_nodes_come_and_go():
+    placement = place(THREE, Resources(cpus_per_worker=8), WORKER)
+    assert [placement.cells_on(THREE[:1] * count) for count in (0, 1, 3, 5)] == [0, 1, 3, 5]
+
+
+CONFIGURATION = """
+max_workers: 6
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 4}, max_workers: 0}
+  spot: {resources: {CPU: 48, GPU: 4, memory: 1000}, max_workers: 3}
+  demand: {resources: {CPU: 16}}
+  unknown: {resources: {}}
+"""
+
+
+def test_growth_is_read_from_the_configuration_of_the_autoscaler(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(CONFIGURATION)
+    assert growth() is None, "there is no cluster to grow"
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    expected = Growth(((Node(48, 4, 1000), 3), (Node(16, 0, 0), 6)), 6)
+    assert growth() == expected
+    (tmp_path / "ray_bootstrap_config.yaml").unlink()
+    assert growth() is None, "as large as it is"
+    monkeypatch.setenv("SDDIT_AUTOSCALING_CONFIG", str(tmp_path / "mine.yaml"))
+    with pytest.raises(UsageError, match="available_node_types"):
+        growth()
+    (tmp_path / "mine.yaml").write_text("just words")
+    with pytest.raises(UsageError, match="available_node_types"):
+        growth()
+    (tmp_path / "mine.yaml").write_text(CONFIGURATION)
+    assert growth() == expected

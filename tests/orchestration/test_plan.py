@@ -1,12 +1,14 @@
 """Cells, twins and bases: what a sweep consists of, and what a command may not change."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 
 from sddit import presets
 from sddit.config import FRESH_SEED
+from sddit.data import open_manifest
 from sddit.errors import UsageError
 from sddit.orchestration import plan
 from sddit.orchestration.plan import Space, Times
@@ -62,6 +64,18 @@ def test_a_change_applies_to_the_methods_that_have_the_field():
     assert dit.experiment.train.batch_size == sddit.experiment.train.batch_size == 32
     with pytest.raises(UsageError, match=r"Unknown field 'method\.mask_rate'"):
         cells_of({"system": SYSTEMS}, method__mask_rate=0.5)
+
+
+def test_places_are_absolute_for_workers_and_no_part_of_the_identity(tmp_path, monkeypatch):
+    manifest = open_manifest("digits")
+    shutil.copytree(manifest.folder, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    named = Space("digits", "sddit", {}, {}).cell({}, 0)
+    cell = Space("digits", "sddit", {"data.path": "mine", "eval.reference": "digits"}, {}).cell({}, 0)
+    assert named.experiment.data.path == "digits", "a name stays a name"
+    assert (cell.experiment.data.path, cell.experiment.eval.reference) == (str(tmp_path / "mine"), "digits")
+    there = Space("digits", "sddit", {"data.path": str(tmp_path / "mine"), "eval.reference": "digits"}, {}).cell({}, 0)
+    assert there.identity == cell.identity
 
 
 def test_a_tie_follows_its_axis():

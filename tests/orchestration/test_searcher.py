@@ -50,6 +50,19 @@ def test_a_grid_is_handed_out_in_order_and_ends():
     assert search.suggest("t3") == Searcher.FINISHED, "every choice is taken"
 
 
+def test_as_many_cells_are_handed_out_as_the_cluster_holds_by_then():
+    search, handed, over = searcher(GRID, waiting=WAITING)
+    search.limit = lambda: 1
+    first = search.suggest("t0")
+    assert first and search.suggest("t1") is None and handed == [0.0], "Tune asks again"
+    search.limit = lambda: 2  # a node has come
+    assert search.suggest("t1") and search.suggest("t2") is None
+    search.on_trial_complete("t0", result(600, 5.0))
+    assert search.suggest("t2") and handed == [0.0, 0.2, 0.5] and over == ["done"]
+    search.closed = lambda: True
+    assert search.suggest("t3") == Searcher.FINISHED, "also while as many run as fit"
+
+
 def test_states():
     search, _, over = searcher(Space("digits", "sddit", {}, CHOICES), waiting=[*WAITING, {AXIS: 0.3}][:3])
     for name in ("done", "pruned", "failed"):

@@ -26,7 +26,8 @@ def tensors(folder):
 
 
 def reproducible(recorded):
-    return {k: v for k, v in recorded.items() if not k[1].startswith("cost/device") and "per_s" not in k[1]}
+    timed = {"cost/device_hours", "train/images_per_s", "train/data_wait"}
+    return {(step, key): value for (step, key), value in recorded.items() if key not in timed}
 
 
 @pytest.mark.parametrize(
@@ -69,11 +70,13 @@ def test_what_is_recorded(tmp_path):
     for step, key in memory.recorded:
         by_step.setdefault(step, set()).add(key)
     train = {"train/loss", "train/loss_generative", "train/loss_discriminative", "train/images_per_s"}
+    train |= {"train/data_wait"}
     for step in (2, 4, 6):
         assert train | {"train/information_cls", "train/information_patch"} <= by_step[step]
     for step in (3, 6):
         assert {"eval/fid", "cost/images", "cost/device_hours", "cost/flops"} <= by_step[step]
     assert memory.recorded[6, "cost/images"] == 6 * 16
+    assert 0 <= memory.recorded[6, "train/data_wait"] <= 1
     assert sorted(memory.grids) == [0, 3, 6]
     assert memory.grids[0].dtype == np.uint8 and memory.grids[0].shape == ((2 * 9 - 1) * 4, (10 * 9 - 1) * 4, 1)
     assert [step for step, _ in memory.evaluations] == [3, 6]
