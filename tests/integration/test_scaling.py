@@ -20,7 +20,8 @@ from written import assert_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-HEAD, HEAD_TYPE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000", "ray.head.default"  # as the fake provider names them
+HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the fake provider names it ...
+HEAD_TYPE = "ray.head.default"  # ... and its type
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 

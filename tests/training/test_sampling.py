@@ -41,7 +41,7 @@ def setting(kind: str, sampler: str, *, method: str = "dit", dtype: torch.dtype 
         options = {"churn": 10.0} | options
     experiment = Experiment.parse({"method": {"name": method}, "diffusion": {"kind": kind}, "eval": options})
     process = build_process(experiment.diffusion)
-    fake = SimpleNamespace(experiment=experiment, shape=SHAPE, num_classes=CLASSES, process=process)
+    fake = SimpleNamespace(experiment=experiment, shape=SHAPE, num_classes=CLASSES, process=process, decode=lambda x: x)
     return fake, Network(1 if kind == "edm" else 2).to(dtype)
 
 
