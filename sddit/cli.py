@@ -1,4 +1,4 @@
-"""The command ``sddit``: one experiment at a time, on this machine, without Ray. Sweeps have scripts of their own."""
+"""The command ``sddit``: one experiment, data, weights, checks. Sweeps have scripts of their own."""
 
 from __future__ import annotations
 

@@ -165,11 +165,12 @@ class Vae:
         import torch
 
         if mirrored:
-            return np.concatenate([self.encode(images), self.encode(images[..., ::-1].copy())], axis=1)
+            return np.concatenate([self.encode(images), self.encode(images[..., ::-1])], axis=1)
         with torch.inference_mode():
             parts = []
             for lo in range(0, len(images), PART):
-                x = torch.from_numpy(images[lo : lo + PART]).to(self.device).float() / 127.5 - 1
+                part = np.ascontiguousarray(images[lo : lo + PART])  # other strides pick other kernels, and other bits
+                x = torch.from_numpy(part).to(self.device).float() / 127.5 - 1
                 posterior = self.model.encode(x).latent_dist
                 parts.append(torch.cat([posterior.mean, posterior.std], dim=1).half().cpu())
             moments = torch.cat(parts).numpy()
