@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
 # Tests and benchmarks side by side would fight for the cores and spoil each other's timings.
 .NOTPARALLEL:
-.PHONY: help setup sweep test test-slow lint bench lock
+.PHONY: help setup sweep test test-slow torture lint bench lock
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F @ '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -20,10 +20,13 @@ sweep: setup ## FID against the mask ratio on the embedded digits
 	$(VENV_PYTHON) sweeps/mask_ratio.py
 
 test: setup ## the fast tests
-	$(VENV_PYTHON) -m pytest -m "not slow"
+	$(VENV_PYTHON) -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup ## the other tests: clusters, faults, a browser
-	$(VENV_PYTHON) -m pytest -m slow
+	$(VENV_PYTHON) -m pytest -m "slow and not torture"
+
+torture: setup ## an hour of what repeats slow tests: random kills, stopped cells, outages that last
+	$(VENV_PYTHON) -m pytest -m torture
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check

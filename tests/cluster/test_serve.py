@@ -294,6 +294,7 @@ def wait_for_copy(to, true):
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 def test_a_database_server_instead_of_a_file(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "sddit", "serve", "--data", "data", "--port", str(port)]

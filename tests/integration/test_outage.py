@@ -65,6 +65,7 @@ def test_points_and_checkpoints_wait_and_arrive_once_in_order(door, server, tmp_
             assert steps == sorted(steps), "in order"
 
 
+@pytest.mark.torture
 def test_an_outage_that_lasts_is_named_and_the_same_command_goes_on(door, server, tmp_path):
     impatient = {"SDDIT_PATIENCE_SECONDS": "5"}
     running = begin(tmp_path, server, "--name", "short", ratios="[0.5]", **impatient)

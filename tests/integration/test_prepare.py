@@ -100,6 +100,7 @@ def test_from_and_to_object_storage_and_errors_of_workers_in_words(tmp_path):
         assert done.stderr.endswith(f"{end}\n") and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.torture
 def test_encoding_beside_decoding_as_on_gpus(vae, tmp_path, monkeypatch):
     """The way through Ray's object store, with a GPU in name alone."""
     import ray

@@ -32,7 +32,7 @@ def journal(folder):
     return optuna.load_study(study_name="study", storage=storage)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.torture)])
 def test_a_search_goes_on_after_a_kill_as_if_nothing_had_happened(seed, tmp_path):
     command = search("--trials", "8", cwd=tmp_path)
     first = Running(*command, cwd=tmp_path)

@@ -35,6 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.timeout(1500)
 def test_ten_stopped_cells_of_two_workers_leave_no_placement_group(tmp_path):
     flags = set_flags(
