@@ -280,8 +280,7 @@ def checkpoints() -> list[str]:
         f"{stall:.0f} s. All GPUs wait.",
         f"- Host memory on the way: {memory:.1f} × the larger group of tensors, {gb(memory * (size - 4 * generator))}.",
         f"- Resume: every rank reads the whole checkpoint: {gb(NODE * size)} a node, {size * 64 / 1e12:.2f} TB on 64 "
-        f"GPUs, {size * 256 / 1e12:.1f} TB on 256. The tensors stay referenced in the host's memory for the rest of "
-        f"the run: {gb(NODE * size)} a node.",
+        f"GPUs, {size * 256 / 1e12:.1f} TB on 256.",
         "",
     ]
     rows = [
@@ -364,9 +363,6 @@ def sweep() -> list[str]:
             lambda cells: duration(-(-CELLS // cells) * seconds)),
         row("reports to the server a second", lambda cells: f"{cells / period:.1f}"),
         row("of what it takes here", lambda cells: f"{cells / period / server['reports_per_s']:.0%}"),
-        row(f"reads a second that the driver's table wants, every {REFRESH_SECONDS:.0f} s",
-            lambda cells: f"{cells / REFRESH_SECONDS:.0f}"),
-        row("a round of them takes here", lambda cells: f"{cells * server['poll_ms'] / 1e3:.1f} s"),
         row("head's memory, 1.3 … 3.3 GB a nested cell", lambda cells: f"{cells * 1.3:.0f} … {cells * 3.3:.0f} GB"),
         row("head's memory as the code counts it", lambda cells: gb(cells * NESTED_BYTES)),
         row("until the head has started all", lambda cells: duration(cells * NESTED_START / HW.head_cores)),
@@ -450,9 +446,8 @@ def limits() -> list[str]:
         f"helpers of nested cells, which no check counts there. The server has {cells / period:.1f} reports a second, "
         f"{cells / period / server['reports_per_s']:.0%} of what it takes here.",
         f"- **All 200 at once: the tracking server on sqlite.** {CELLS / period:.0f} reports a second are "
-        f"{CELLS / period / server['reports_per_s']:.0%} of what it takes here, and the driver's table asks for "
-        f"{CELLS / REFRESH_SECONDS:.0f} runs a second beside them, one by one; a round takes "
-        f"{CELLS * server['poll_ms'] / 1e3:.0f} s.",
+        f"{CELLS / period / server['reports_per_s']:.0%} of what it takes here. (The driver's table takes one search; "
+        f"run by run it would ask {CELLS / REFRESH_SECONDS:.0f} times a second.)",
     ]
 
 
