@@ -25,7 +25,7 @@ test: setup ## the fast tests
 test-slow: setup ## the other tests: clusters, faults, a browser
 	$(VENV_PYTHON) -m pytest -m "slow and not torture"
 
-torture: setup ## an hour of what repeats slow tests: random kills, stopped cells, outages that last
+torture: setup ## what repeats slow tests at length: random kills, stopped cells, outages that last
 	$(VENV_PYTHON) -m pytest -m torture
 
 lint: setup ## ruff and mypy

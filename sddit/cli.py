@@ -338,7 +338,7 @@ class Doctor:
     libraries, devices, clocks, storage, record, data, weights, room. One line each, with what to do."""
 
     preset: str = "digits"
-    """Base experiment: digits, cifar10, imagenet256."""
+    """Base experiment: digits, cifar10, cifar10-latents, imagenet256."""
     method: str = "sddit"
     size: str = "S/2"
     workers: int = 1

@@ -28,7 +28,7 @@ def cifar10(size: str = "S/2", method: str = "sddit") -> Experiment:
 
 
 def cifar10_latents(size: str = "S/2", method: str = "sddit") -> Experiment:
-    """CIFAR-10 as 4×8×8 latents, scored on EfficientNet-Lite0's features: an hour or so on two cores. Needs prepared
+    """CIFAR-10 as 4×8×8 latents, scored on EfficientNet-Lite0's features: for two cores. Needs prepared
     data (`data.path`), and the same images in pixels (`eval.reference`)."""
     return _build("cifar10-latents", size, method)
 
@@ -82,12 +82,8 @@ def _layers(name: str, size: str, method: str) -> list[Layer]:
     if name == "imagenet256":
         layers += [IMAGENET256, PUBLISHED[method]]
         return layers + ([PUBLISHED_LARGE[method]] if size == "XL/2" and method in PUBLISHED_LARGE else [])
-    if name == "cifar10":
-        return layers + [CIFAR10] + ([CIFAR10_METHODS[method]] if method in CIFAR10_METHODS else [])
-    if name == "cifar10-latents":
-        small = [SMALL_METHODS[method]] if method in SMALL_METHODS else []
-        return [*layers, CIFAR10_LATENTS, *small]
-    return layers + [DIGITS] + ([DIGITS_METHODS[method]] if method in DIGITS_METHODS else [])
+    base, methods = OWN[name]
+    return [*layers, base, *([methods[method]] if method in methods else [])]
 
 
 # -------------------------------------------------------------------------------------------------------- imagenet256
@@ -213,12 +209,18 @@ CIFAR10_LATENTS = Layer(
         "eval.nfe": 19,
     },
 )
-SMALL_METHODS = {
+CIFAR10_LATENTS_METHODS = {
     "mdt": Layer("this project, for latents of CIFAR-10", {"method.decoder_layers": 1}),
     "sddit": Layer(
         "this project, for latents of CIFAR-10",
         DIGITS_METHODS["sddit"].settings | {"method.teacher_momentum": 0.99, "method.collapse_after": 1000},
     ),
+}
+
+OWN = {  # neither published nor varying with size
+    "digits": (DIGITS, DIGITS_METHODS),
+    "cifar10": (CIFAR10, CIFAR10_METHODS),
+    "cifar10-latents": (CIFAR10_LATENTS, CIFAR10_LATENTS_METHODS),
 }
 
 # ------------------------------------------------------------------------------------------- where defaults come from

@@ -14,6 +14,7 @@ from sddit.data.sampler import as_network_sees
 from sddit.data.shards import Shards
 from sddit.data.vae import Vae
 from sddit.errors import UsageError
+from sddit.metrics import reference
 from sddit.metrics.check import check_evaluation
 from sddit.metrics.protocol import Protocol
 from sddit.metrics.reference import content_digest
@@ -116,6 +117,20 @@ def test_identity_is_of_contents_not_of_places(world, tmp_path):
     assert moved.identity(content_digest(moved, latents)) == here
     other = experiment.replace({"eval.reference": "digits"})
     assert other.identity(content_digest(other, latents)) != here
+
+
+def test_a_plan_reads_the_images_of_a_reference_once(world, tmp_path, monkeypatch):
+    pictures = tmp_path / "pictures.npz"
+    images = Shards(world[2]).read(np.arange(20))[0].transpose(0, 2, 3, 1)
+    np.savez(pictures, images)
+    read = []
+    digest_of = reference._digest_of
+    monkeypatch.setattr(reference, "_digest_of", lambda images: read.append(1) or digest_of(images))
+    experiment = world[-1].replace({"eval.reference": str(pictures)})
+    digests = {content_digest(experiment.replace({"seed": seed}), world[3]) for seed in range(3)}
+    assert len(digests) == len(read) == 1
+    np.savez(pictures, images[:10])
+    assert content_digest(experiment, world[3]) not in digests
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from sddit.data.manifest import MANIFEST, Manifest, VaeInfo, open_manifest, writ
 from sddit.data.output import SCRATCH, Output
 from sddit.data.prepare import Report, Task, decode, report_name
 from sddit.data.sources import Index, Kind, Listing, check_no_class_is_empty, index_source, list_source, read_images
+from sddit.data.vae import encoded, read_vae
 from sddit.errors import DataError, UsageError
 from sddit.filesystem import is_remote
 
@@ -102,7 +103,7 @@ class Job:
         self.out = Output(_absolute(out))
         self.name = name or self.out.path.rpartition("/")[2]
         self.max_unreadable = max_unreadable
-        vae_digest = _vae_digest(self.vae) if self.vae else None
+        vae_digest = read_vae(self.vae)[1] if self.vae else None
         self.listing = list_source(source)
         _check_apart(self.listing, self.out)
         self.request = Request(
@@ -131,7 +132,8 @@ class Job:
         self.vae_info: VaeInfo | None = None
         self.shape = shape  # (C, H, W) as the network sees it
         if self.vae:
-            self.vae_info, self.shape = _described(self.vae, shape, mirrored)
+            info, self.shape = encoded(self.vae, shape)
+            self.vae_info = info.model_copy(update={"mirrored": mirrored})
         self.finished = self._finished()
         _check_room(self.out, self.bytes - sum(self.stored.values()))
 
@@ -311,28 +313,6 @@ def _probe(listing: Listing, index: Index, size: int | None, channels: int) -> t
         except ValueError:
             continue
     raise DataError(f"None of the first {PROBED} images of {listing.uri} can be read. Is it what you meant to give?")
-
-
-def _vae_digest(vae: str) -> str:
-    from sddit.data.vae import read_vae
-
-    return read_vae(vae)[1]
-
-
-def _described(vae: str, image_shape: tuple[int, int, int], mirrored: bool) -> tuple[VaeInfo, tuple[int, int, int]]:
-    """What the manifest says of an autoencoder, and (C, h, w) of its latents."""
-    from sddit.data.vae import described, read_vae
-
-    config, _ = read_vae(vae)
-    channels, factor, _ = described(vae, (1, 1, 1)).image_shape  # of one latent
-    _, height, width = image_shape
-    if image_shape[0] != channels or height % factor or width % factor:
-        raise UsageError(
-            f"The autoencoder {vae} takes images of {channels} channels with sides divisible by {factor}, but these "
-            f"are {' × '.join(map(str, image_shape))} (C, H, W). Choose --size (and --channels) accordingly."
-        )
-    latent = (int(config["latent_channels"]), height // factor, width // factor)
-    return described(vae, latent).model_copy(update={"mirrored": mirrored}), latent
 
 
 def _differences(before: Request, now: Request) -> str:

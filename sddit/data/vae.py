@@ -6,6 +6,7 @@ x = scaling_factor · (z − shift_factor), z drawn from the posterior.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("config.json", WEIGHTS)
 PART = 32  # images at once: part of what latents are, since sums depend on it, and a bound on memory
 
 
@@ -32,7 +34,7 @@ def find_vae(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        for file in ("config.json", WEIGHTS):
+        for file in FILES:
             if not (folder / file).is_file():
                 raise UsageError(
                     f"{folder} is not a diffusers AutoencoderKL: it has no {file}. Save one with save_pretrained (in "
@@ -43,7 +45,7 @@ def find_vae(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = [Path(hf_hub_download(name, file)) for file in ("config.json", WEIGHTS)]
+        found = [Path(hf_hub_download(name, file)) for file in FILES]
     except HFValidationError:
         raise UsageError(f"There is no folder {name}. Give that of a diffusers AutoencoderKL, or its name on the hub, "
                          "as in stabilityai/sd-vae-ft-ema.") from None  # fmt: skip
@@ -64,16 +66,22 @@ def read_vae(name: str) -> tuple[dict[str, Any], str]:
         UsageError: as `find_vae`, or it is another kind of model.
     """
     folder = find_vae(name)
+    return _read(folder, tuple((folder / file).stat().st_mtime_ns for file in FILES))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(folder: Path, changed: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+    """`changed` is part of the key: a plan of many cells digests the weights once."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        scale = float(config["scaling_factor"])
+        if not float(config["scaling_factor"]) > 0:
+            raise ValueError(f"scaling_factor is {config['scaling_factor']}")
         computes = {key: value for key, value in config.items() if not key.startswith("_")}
         kind = config.get("_class_name", "AutoencoderKL")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'config.json'} is not that of an AutoencoderKL: {error!r}.") from None
     if kind != "AutoencoderKL":
         raise UsageError(f"{folder} holds a {kind}, but latents are made with an AutoencoderKL.")
-    assert scale > 0, config
     digest = hashlib.sha256(json.dumps(computes, sort_keys=True).encode())
     with open(folder / WEIGHTS, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -83,7 +91,7 @@ def read_vae(name: str) -> tuple[dict[str, Any], str]:
 def described(name: str, shape: tuple[int, int, int]) -> VaeInfo:
     """What a manifest would say of an autoencoder whose latents are `shape` (C, h, w). Raises as `read_vae`."""
     config, digest = read_vae(name)
-    factor = _factor(config)
+    factor = int(2 ** (len(config["block_out_channels"]) - 1))
     return VaeInfo(
         name=str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name,
         digest=digest,
@@ -91,6 +99,24 @@ def described(name: str, shape: tuple[int, int, int]) -> VaeInfo:
         shift_factor=config.get("shift_factor") or 0.0,
         image_shape=(config["in_channels"], shape[1] * factor, shape[2] * factor),
     )
+
+
+def encoded(name: str, image_shape: tuple[int, int, int]) -> tuple[VaeInfo, tuple[int, int, int]]:
+    """What a manifest says of an autoencoder's latents of images (C, H, W), and their shape (C, h, w).
+
+    Raises:
+        UsageError: as `read_vae`, or the encoder does not take such images.
+    """
+    config, _ = read_vae(name)
+    in_channels, factor, _ = described(name, (1, 1, 1)).image_shape
+    channels, height, width = image_shape
+    if channels != in_channels or height % factor or width % factor:
+        raise UsageError(
+            f"The autoencoder {name} takes images of {in_channels} channels with sides divisible by {factor}, but "
+            f"these are {' × '.join(map(str, image_shape))} (C, H, W). Choose --size (and --channels) accordingly."
+        )
+    shape = (int(config["latent_channels"]), height // factor, width // factor)
+    return described(name, shape), shape
 
 
 def check_vae(info: VaeInfo, path: str | None) -> None:
@@ -135,25 +161,6 @@ class Vae:
         self.model = model.float().eval().requires_grad_(False).to(device)
         self.device = device
 
-    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of images (C, H, W).
-
-        Raises:
-            UsageError: the encoder does not take such images.
-        """
-        channels, height, width = image_shape
-        factor = _factor(self.config)
-        if channels != self.config["in_channels"] or height % factor or width % factor:
-            raise UsageError(
-                f"The autoencoder {self.name} takes images of {self.config['in_channels']} channels with sides "
-                f"divisible by {factor}, but these are {' × '.join(map(str, image_shape))} (C, H, W)."
-            )
-        return int(self.config["latent_channels"]), height // factor, width // factor
-
-    def info(self, image_shape: tuple[int, int, int]) -> VaeInfo:
-        """What a manifest says of it, for latents of images (C, H, W). Raises as `latent_shape`."""
-        return described(self.name, self.latent_shape(image_shape))
-
     def encode(self, images: np.ndarray, *, mirrored: bool = False) -> np.ndarray:
         """Mean and std of the posterior, float16 (n, 2C, h, w), of uint8 images (n, C, H, W).
 
@@ -185,11 +192,6 @@ class Vae:
         z = x.float() / self.scaling_factor + self.shift_factor
         with torch.inference_mode():
             return torch.cat([self.model.decode(part).sample for part in z.split(PART)])
-
-
-def _factor(config: dict[str, Any]) -> int:
-    """Pixels on a side for each latent."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def decoder_of(info: VaeInfo | None, path: str | None, device: Any) -> Callable[[Tensor], Tensor]:

@@ -14,6 +14,7 @@ A file has what was asked for so far, and grows. The ADM suite's published files
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -95,6 +96,12 @@ class Source:
         """How many images there are, or were."""
         return self.about["images"] if self.built else self.images.count if self.images else None
 
+    @functools.cached_property
+    def images_digest(self) -> str:
+        """Of a data set its manifest knows it; the images of others are read for it."""
+        assert self.images is not None
+        return self.digest or _digest_of(self.images)
+
     @property
     def content_digest(self) -> str:
         """What `load` calls it, whichever the extractor."""
@@ -102,8 +109,7 @@ class Source:
             return str(self.about["digest"])
         if self.statistics:
             return _statistics_digest(self.statistics["moments"])
-        assert self.images is not None
-        return self.digest or _digest_of(self.images)
+        return self.images_digest
 
     @property
     def default_extractor(self) -> str:
@@ -179,7 +185,7 @@ class Source:
         computed = parts - set(given)
         if not given or computed:
             assert self.images is not None
-            images_digest = self.digest or _digest_of(self.images)
+            images_digest = self.images_digest
             found = _cached(self.images, images_digest, extractor, computed)
         if not given:
             return _reference(found, images_digest, self.images.count if self.images else None)
@@ -248,8 +254,16 @@ def content_digest(experiment: Experiment, manifest: Manifest) -> str:
     if experiment.data.test_path is not None:
         digest += f"+{open_manifest(experiment.data.test_path).digest}"
     if experiment.eval.reference is not None:
-        digest += f"@{reference_of(experiment, manifest).content_digest}"
+        path = Path(experiment.eval.reference).expanduser()
+        changed = path.stat().st_mtime_ns if path.exists() else None
+        digest += f"@{_reference_digest(experiment.eval.reference, changed)}"
     return digest
+
+
+@functools.lru_cache(maxsize=8)
+def _reference_digest(reference: str, changed: int | None) -> str:
+    """`changed` is part of the key: a plan of many cells reads a folder of images once."""
+    return open_reference(reference).content_digest
 
 
 def of_manifest(manifest: Manifest) -> Source:
@@ -291,7 +305,7 @@ def build_reference(source: Source, extractor: Extractor, metrics: Sequence[str]
         parts -= set(source.statistics)
     if source.images is None or not parts:
         raise UsageError(f"There is nothing to build of {source.name} for these metrics. Use it as it is.")
-    digest = source.digest or _digest_of(source.images)
+    digest = source.images_digest
     path = _path(digest, extractor)
     kept = _cached(source.images, digest, extractor, parts)
     try:  # again, so that it says what it is: an older version may have kept it
@@ -320,7 +334,7 @@ def noise_floor(source: Source, extractor: Extractor, samples: int) -> dict[str,
     """
     if source.images is None or source.statistics:
         raise UsageError(f"{source.name} does not hold all images of the reference. Draw from a data set or a folder.")
-    digest = source.digest or _digest_of(source.images)
+    digest = source.images_digest
     path = _path(digest, extractor)
     path = path.with_name(f"{path.stem}-noise-{samples}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn: compute it

@@ -296,7 +296,9 @@ def check_inputs(job: Job) -> None:
     from sddit.training.store import CheckpointStore
 
     planned = [(cell.experiment, cell.manifest) for cell in job.cells]
-    for experiment, manifest in planned or [(job.base, open_manifest(job.base.data.path))]:
+    planned = planned or [(job.base, open_manifest(job.base.data.path))]
+    distinct = {(e.data, e.eval, e.model): (e, manifest) for e, manifest in planned}  # what the check reads
+    for experiment, manifest in distinct.values():
         check_evaluation(experiment, manifest)
     if not job.flags.plan:
         CheckpointStore(job.storage).check_writable()

@@ -454,14 +454,14 @@ def vae(tmp_path_factory):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_latents_are_those_of_the_autoencoder(mirrored, vae, tmp_path):
-    from sddit.data.vae import Vae
+    from sddit.data.vae import Vae, encoded
 
     source = write_source("npz", tmp_path / "npz", side=16)
     images, labels = images_of(20, 16)
     made = prepare(source, tmp_path / "out", vae=str(vae), mirrored=mirrored)
     encoder = Vae(str(vae))
     assert (made.kind, made.shape) == ("latents", (4, 8, 8))
-    assert made.vae == encoder.info((3, 16, 16)).model_copy(update={"mirrored": mirrored, "name": str(vae)})
+    assert made.vae == encoded(str(vae), (3, 16, 16))[0].model_copy(update={"mirrored": mirrored, "name": str(vae)})
     stored, kept = Shards(open_manifest(tmp_path / "out")).read(np.arange(20))
     assert np.array_equal(kept, labels)
     for lo in (0, 8, 16):

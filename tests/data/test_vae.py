@@ -1,5 +1,6 @@
 """Latents: how they are made, stored, drawn and decoded, and what is refused."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,10 +12,9 @@ from latents import SHAPE, pictures, write_both, write_vae
 
 from sddit import seeding
 from sddit.data import open_manifest
-from sddit.data.manifest import VaeInfo
 from sddit.data.sampler import BatchSampler
 from sddit.data.shards import Shards
-from sddit.data.vae import PART, Vae, check_vae, decoder_of, find_vae
+from sddit.data.vae import PART, Vae, check_vae, decoder_of, encoded, find_vae, read_vae
 from sddit.errors import DataError, UsageError
 
 
@@ -121,7 +121,18 @@ def test_what_an_autoencoder_must_be(vae, both, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="holds a VQModel"):
         Vae(str(other))
     with pytest.raises(UsageError, match=r"sides divisible by 2, but these are 3 × 15 × 16"):
-        Vae(str(vae)).info((3, 15, 16))
+        encoded(str(vae), (3, 15, 16))
+
+
+def test_weights_are_digested_once_until_they_change(tmp_path, monkeypatch):
+    folder = write_vae(tmp_path / "vae")
+    digested = []
+    digest_of = hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda *args: digested.append(1) or digest_of(*args))
+    before = read_vae(str(folder))[1]
+    assert read_vae(str(folder))[1] == before and len(digested) == 1
+    write_vae(folder, seed=1)
+    assert read_vae(str(folder))[1] != before and len(digested) == 2
 
 
 def test_a_name_on_the_hub_says_how_to_fetch_it_where_there_is_no_internet(monkeypatch):
@@ -135,8 +146,3 @@ def test_a_name_on_the_hub_says_how_to_fetch_it_where_there_is_no_internet(monke
 def test_pixels_need_no_decoder():
     x = torch.randn(2, 3, 4, 4)
     assert decoder_of(None, None, "cpu")(x) is x
-
-
-def test_a_vae_of_other_numbers_is_no_vae_info():
-    with pytest.raises(ValueError):
-        VaeInfo(name="x", digest="d", scaling_factor=0.5, image_shape=(3, 0, 16))

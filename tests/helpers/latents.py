@@ -8,7 +8,7 @@ import torch
 from sddit.data import Manifest
 from sddit.data.manifest import write_manifest
 from sddit.data.shards import write_shard, write_shards
-from sddit.data.vae import Vae
+from sddit.data.vae import Vae, encoded
 
 SHAPE = (3, 16, 16)
 CLASSES = 4
@@ -46,14 +46,15 @@ def write_both(folder: Path, vae: Path, count: int = 96, *, mirrored: bool = Fal
     """The pictures as pixels in `folder`/pixels and as latents in `folder`/latents."""
     images, labels = pictures(count)
     pixels = write_shards(images, labels, folder / "pixels", name="pictures", num_classes=CLASSES)
-    encoder, latents = Vae(str(vae)), folder / "latents"
+    latents = folder / "latents"
     latents.mkdir()
-    shard = write_shard(encoder.encode(images, mirrored=mirrored), labels, latents, 0, num_classes=CLASSES)
+    info, shape = encoded(str(vae), SHAPE)
+    shard = write_shard(Vae(str(vae)).encode(images, mirrored=mirrored), labels, latents, 0, num_classes=CLASSES)
     return pixels, write_manifest(
         latents,
         [shard],
         name="pictures",
-        shape=encoder.latent_shape(SHAPE),
+        shape=shape,
         num_classes=CLASSES,
-        vae=encoder.info(SHAPE).model_copy(update={"mirrored": mirrored}),
+        vae=info.model_copy(update={"mirrored": mirrored}),
     )

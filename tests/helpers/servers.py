@@ -52,6 +52,12 @@ class MlflowServer:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
 
 class Door:
     """A port of its own that leads to another; while it is shut, connections are refused and open ones end."""

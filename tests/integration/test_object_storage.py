@@ -48,9 +48,8 @@ def cluster(storage, folder):
 
 @pytest.fixture(scope="module")
 def server(storage, tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("server"), f"{PLACE}/artifacts")
-    yield server
-    server.stop()
+    with MlflowServer(tmp_path_factory.mktemp("server"), f"{PLACE}/artifacts") as server:
+        yield server
 
 
 def keys(client, prefix):

@@ -32,9 +32,8 @@ def door():
 
 @pytest.fixture(scope="module")
 def server(door, tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("server"), f"s3://{BUCKET}/artifacts")
-    yield server
-    server.stop()
+    with MlflowServer(tmp_path_factory.mktemp("server"), f"s3://{BUCKET}/artifacts") as server:
+        yield server
 
 
 def begin(folder, server, *flags, ratios="[0.2, 0.5]", **env):
