@@ -56,15 +56,15 @@ def undisturbed(nodes, tmp_path_factory):
 
 def test_a_sweep_uses_a_node_that_comes_and_outlives_one_that_goes(nodes, undisturbed, tmp_path):
     running = Running(*command("--steps", str(STEPS)), cwd=tmp_path, **nodes.environment)
-    running.wait_for(f"step {EVERY}/{STEPS}")
+    wait_until(lambda: len(nodes.running(ONE_WORKER)) == 2, running)  # a cell on each node
     assert "= 2 cells at once" in running.output
-    assert len(nodes.running(ONE_WORKER)) == 2, "a cell on each node"
     third = nodes.add()
     wait_until(lambda: third in nodes.running(ONE_WORKER), running)
     assert len(nodes.running(ONE_WORKER)) == 3, "the node that came is used beside the others"
 
-    victim = min(nodes.running(ONE_WORKER))
-    nodes.kill(victim)
+    # Its cell began last, so it is the one that surely is in its middle.
+    wait_until(lambda: (results.load_cells("mask_ratio", uri(tmp_path))["step"] >= EVERY).sum() == 3, running)
+    nodes.kill(third)
     running.wait_for("starts again")
     nodes.add()
     assert running.wait(300) == 0, running.output
