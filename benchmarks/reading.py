@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sddit import presets, results
+from sddit.serve import SETTINGS
 from sddit.tracking import SweepRecord
 
 CELLS, PARAMS, EVALUATIONS, EVERY = 500, 40, 200, 100
@@ -55,8 +56,7 @@ def server(uri: str) -> Iterator[str]:
     command = [
         sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port), "--backend-store-uri", uri
     ]  # fmt: skip
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=SETTINGS | os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(120):

@@ -11,7 +11,6 @@ import datetime
 import io
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -184,7 +183,7 @@ def table() -> dict[str, float]:
     rows = [Row(f"mask_ratio={i / CELLS:.3f}", 0, f"{i:012x}", "running", i, 400_000, 10.0 + i, "run", 0.0)
             for i in range(CELLS)]  # fmt: skip
     console = Console(file=io.StringIO(), width=160)
-    progress = Progress("Sweep", rows, lambda run_id: None, CELLS, console)
+    progress = Progress("Sweep", rows, dict, CELLS, console)
     return {"ms": 1e3 * _least(lambda: console.print(progress.render()), 5)}
 
 
@@ -220,18 +219,15 @@ def tracking() -> dict[str, Any]:
                 record.start_cell(e, identity=f"{i:012x}", data_digest="d", label=f"cell {i}", run_id=None)
                 for i, e in enumerate(experiments)
             ]
-            found: dict[str, Any] = {"searched": CELLS, "start_cell_ms": 1e3 * (time.monotonic() - begun) / CELLS}
+            found: dict[str, Any] = {"start_cell_ms": 1e3 * (time.monotonic() - begun) / CELLS}
             cells = [CellRecord(address, run, owned_run=record.parent_id, token=owner.token) for run in runs[:8]]
             found["report_ms"] = 1e3 * _least(lambda: _report(cells[0], 1), 20)
             found["reports_per_s"] = _saturated(cells)
-            found["poll_ms"] = 1e3 * statistics.median(_seconds(partial(record.read_step, run)) for run in runs)
-            found["search_ms"] = 1e3 * _least(lambda: _search(record), 3)
+            assert len(record.read_steps()) == CELLS
+            found["read_steps_ms"] = 1e3 * _least(record.read_steps, 3)
             for cell in cells:
                 cell.close()
-            found["together"] = [
-                _together(folder, record, owner.token, runs[:count], search=search)
-                for count, search in ((32, False), (CELLS, False), (CELLS, True))
-            ]
+            found["together"] = [_together(folder, record, owner.token, runs[:count]) for count in (32, CELLS)]
             owner.release("FINISHED")
         return {**found, "bytes_a_point": _bytes_a_point(f"{folder}/points.db")}
 
@@ -257,9 +253,8 @@ def _saturated(cells: list[Any], seconds: float = 10.0) -> float:
         return sum(pool.map(write, cells)) / seconds
 
 
-def _together(folder: str, record: Any, token: str, runs: list[str], *, search: bool = False) -> dict[str, float]:
-    """These cells at once, in two processes, while the driver reads every running cell's step: one by one, as its table
-    does, or by one `search` for all."""
+def _together(folder: str, record: Any, token: str, runs: list[str]) -> dict[str, float]:
+    """These cells at once, in two processes, while the driver reads the steps of all, as its table does."""
     command = [sys.executable, "-m", "benchmarks.scale_measured", record.uri, record.parent_id, token]
     root, before = Path(__file__).parents[1], _points(folder)
     writers = [subprocess.Popen([*command, *runs[i::2]], cwd=root, stdout=subprocess.PIPE, text=True) for i in (0, 1)]
@@ -267,11 +262,7 @@ def _together(folder: str, record: Any, token: str, runs: list[str], *, search: 
     while any(writer.poll() is None for writer in writers):
         time.sleep(2.0)  # as `Progress` does between two rounds
         rounds += 1
-        failed += not _answered(lambda: _search(record)) if search else 0
-        for run in [] if search else runs:
-            failed += not _answered(partial(record.read_step, run))
-            if all(writer.poll() is not None for writer in writers):
-                break
+        failed += not _answered(record.read_steps)
     seconds = (time.monotonic() - begun) / rounds
     answers = [[float(word) for word in writer.communicate()[0].split()] for writer in writers]
     put, waiting, _, lost = (sum(a) for a in zip(*answers, strict=True))
@@ -290,10 +281,6 @@ def _answered(call: Callable[[], Any]) -> bool:
     except MlflowException:
         return False
     return True
-
-
-def _search(record: Any) -> Any:
-    return record.client.search_runs([record.experiment_id], "tags.`sddit.kind` = 'cell'", max_results=1000)
 
 
 def _points(folder: str) -> int:
@@ -358,12 +345,6 @@ def _write(uri: str, parent: str, token: str, runs: list[str]) -> None:
     waiting = sum(len(item[2]) for cell in cells for item in cell.pending())
     print(put, waiting, waited, len(warnings), flush=True)
     os._exit(0)  # what still waits is not written
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

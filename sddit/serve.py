@@ -41,6 +41,13 @@ START_SECONDS = 300.0  # a server may take so long to answer
 STOP_SECONDS = 30.0  # and so long to end, before it is killed
 LAST_COPY_SECONDS = 600.0  # `stop` waits so long for it
 LATEST = "latest.json"
+SETTINGS = {  # of MLflow's server, where the user's environment says nothing else
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes that nothing here uses
+    # It serves 40 requests at once, and one that writes points takes two connections: with its own limit of 15 for all,
+    # a few dozen cells that report at once wait for each other, and it stands still.
+    "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "100",
+}
 Copies = list[dict[str, Any]]  # newest first: file, saved (UTC), bytes, sha256
 
 
@@ -390,13 +397,10 @@ class Server:
         ]  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = SETTINGS | os.environ
         environment.pop("MLFLOW_TRACKING_URI", None)  # on a cluster's head it names this very server
-        environment.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        return environment | {
-            "MLFLOW_BACKEND_STORE_URI": self.database or f"sqlite:///{self.folder.absolute()}/mlflow.db",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes that nothing here uses
-        }
+        database = self.database or f"sqlite:///{self.folder.absolute()}/mlflow.db"
+        return environment | {"MLFLOW_BACKEND_STORE_URI": database}
 
     def allowed_hosts(self) -> list[str]:
         """The Host headers that are answered: this machine through any tunnel, else its addresses with the port."""

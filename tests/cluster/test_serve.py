@@ -13,10 +13,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 from commands import no_traceback, run
+from mlflow.entities import Metric
+from servers import MlflowServer, free_port
 
 from sddit import serve, tracking
 from sddit.errors import StorageError
@@ -170,12 +173,6 @@ def sddit_serve(*flags, cwd, **env):
     return run("-m", "sddit", "serve", "--data", "data", *flags, cwd=cwd, **env)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
@@ -291,6 +288,27 @@ def wait_for_copy(to, true):
                 return
         time.sleep(0.1)
     raise AssertionError("it was never copied")
+
+
+@pytest.mark.slow
+def test_cells_that_report_all_at_once_do_not_bring_the_server_to_a_standstill(tmp_path):
+    cells, reports, keys = 48, 3, 16
+
+    def write(run_id):
+        for step in range(reports):
+            together.wait()
+            client.log_batch(run_id, [Metric(f"key_{k}", step, 1, step) for k in range(keys)])
+
+    with MlflowServer(tmp_path, tmp_path / "artifacts") as server:
+        client = tracking.open_client(server.uri)
+        experiment = client.create_experiment("sweep")
+        runs = [client.create_run(experiment).info.run_id for _ in range(cells)]
+        together = threading.Barrier(cells)
+        with ThreadPoolExecutor(cells) as pool:
+            list(pool.map(write, runs))
+        with contextlib.closing(sqlite3.connect(server.database)) as db:
+            assert db.execute("SELECT count(*) FROM metrics").fetchone()[0] == cells * reports * keys
+        assert "QueuePool" not in server.log.read_text(), "requests waited for each other's connections"
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from commands import environment
 
+from sddit.serve import SETTINGS
+
 
 def free_port():
     with socket.socket() as server:
@@ -34,10 +36,9 @@ class MlflowServer:
             sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", self.port,
             "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", self.artifacts,
         ]  # fmt: skip
-        settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                list(map(str, command)), env=environment(**settings), stdout=log, stderr=log, start_new_session=True
+                list(map(str, command)), env=environment(**SETTINGS), stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + 120
         while True:
