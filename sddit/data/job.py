@@ -30,7 +30,7 @@ from sddit.errors import DataError, UsageError
 from sddit.filesystem import is_remote
 
 PLAN, UNREADABLE = "prepare.json", "unreadable.txt"
-SHARD_IMAGES, SHARD_BYTES = 1024, 2**28  # of one shard: at most so many images, and bytes of pixels
+SHARD_IMAGES, SHARD_BYTES = 4096, 2**28  # of one shard: at most so many images, and bytes of pixels
 PROBED = 100  # of the first images, one must be readable
 Run = Callable[[Iterator[Task]], Generator[Report, None, None]]  # makes shards, in any order
 
@@ -253,7 +253,7 @@ class Job:
 
 
 def images_in_shard(shape: tuple[int, int, int]) -> int:
-    """Images of (C, H, W) in a shard: 1,024, or halved until their pixels fit into `SHARD_BYTES`."""
+    """Images of (C, H, W) in a shard: 4,096, or halved until their pixels fit into `SHARD_BYTES`."""
     images = SHARD_IMAGES
     while images > 1 and images * int(np.prod(shape)) > SHARD_BYTES:
         images //= 2

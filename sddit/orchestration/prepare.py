@@ -1,9 +1,8 @@
 """``sddit prepare``: the shards of a data set made by Ray Data on all CPUs and GPUs of the cluster, with progress.
 
-What a shard is, and what a killed run leaves, is `data/prepare.py`'s. One row is one shard. Pixels are decoded and
-written by tasks of one CPU. Latents: where there are GPUs, tasks decode and an actor on each GPU encodes and writes,
-both at once; where there are none, an actor on each CPU does it all. A worker holds one shard, at most 256 MiB of
-pixels and half as much encoded; on the way to the GPUs wait at most two for each.
+What a shard is, and what a killed run leaves, is `data/prepare.py`'s. One row is one shard. An actor on each CPU does
+it all; for latents, where there are GPUs, tasks decode and an actor on each GPU encodes and writes. A worker
+holds one shard, at most 256 MiB of pixels and half as much encoded; on the way to the GPUs wait at most two for each.
 """
 
 from __future__ import annotations
@@ -105,10 +104,7 @@ def run_on_ray(
     gpus = there if gpus is None else gpus
     each: dict[str, Any] = {"batch_size": 1, "batch_format": "numpy"}
     rows = ray.data.from_items([{"task": text, "error": ""} for text in texts], override_num_blocks=len(texts))
-    if not first.vae:
-        done = rows.map_batches(_make, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers), **each)
-        how = f"{min(workers or cpus, cpus, len(texts))} tasks of one CPU"
-    elif not gpus:
+    if not (first.vae and gpus):
         count = min(workers or cpus, len(texts))
         done = rows.map_batches(_Maker, num_cpus=1, compute=_pool(count), **each)
         how = f"{count} actors, each on a CPU"
@@ -146,16 +142,15 @@ def _reports(done: Dataset) -> Iterator[Report]:
 # What workers do. A user's error travels as words: as an exception it would come wrapped in Ray's, after retries.
 
 
-def _make(batch: Batch) -> Batch:
-    task = _task(batch)
-    return _told(lambda: write_task(task, *decode_shard(task)))
-
-
 class _Maker:
-    """Decodes, encodes and writes; keeps the autoencoder from shard to shard (`data.prepare`)."""
+    """Decodes, encodes and writes; keeps the autoencoder from shard to shard (`data.prepare`).
+
+    An actor, also where there is nothing to keep: the next shards wait in its queue, whereas a task is followed by the
+    next only when Ray Data looks again, each 0.1 s."""
 
     def __call__(self, batch: Batch) -> Batch:
-        return _make(batch)
+        task = _task(batch)
+        return _told(lambda: write_task(task, *decode_shard(task)))
 
 
 def _decode(batch: Batch) -> Batch:
