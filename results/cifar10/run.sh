@@ -6,7 +6,9 @@ images=${1:?the folder with train.parquet} vae=${2:?the folder of a diffusers Au
 
 sddit prepare "$images/train.parquet" --out data/cifar10
 sddit prepare "$images/train.parquet" --out data/cifar10-latents --vae "$vae"
-for seeds in 1 2 3; do # one seed of everything comes before the second of anything
+for seeds in 1 2 3; do # one seed of all systems comes before the second of any
     python sweeps/convergence.py --preset cifar10-latents --set 'lr=["x1"]' --seeds "$seeds"
-    python sweeps/mask_ratio.py --preset cifar10-latents --seeds "$seeds"
+done
+for seeds in 1 2 3; do
+    python sweeps/mask_ratio.py --preset cifar10-latents --set eval.every=2000 --seeds "$seeds"
 done
