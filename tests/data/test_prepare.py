@@ -486,7 +486,7 @@ def test_another_autoencoder_or_size_is_refused(vae, tmp_path):
 
 def test_shards_of_large_images_hold_fewer(monkeypatch):
     monkeypatch.undo()
-    assert [jobs.images_in_shard((3, n, n)) for n in (32, 256, 512, 1024)] == [1024, 1024, 256, 64]
+    assert [jobs.images_in_shard((3, n, n)) for n in (32, 256, 512, 1024)] == [4096, 1024, 256, 64]
 
 
 def test_indexing_reads_labels_alone(tmp_path):
