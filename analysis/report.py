@@ -35,7 +35,8 @@ from analysis.answer import (
 )
 from analysis.page import Html, bullets, element, listed, page, section, table
 from analysis.tables import SCORES
-from sddit.results import STATE_WORDS, default_tracking_uri, open_record, read_sweep, without_password
+from sddit.errors import without_password
+from sddit.results import STATE_WORDS, default_tracking_uri, open_record, read_sweep
 
 DEFAULT_SWEEP = "mask_ratio"
 LABELS = {f"eval/{name}": label for name, label in SCORES.items() if name != "fid"} | {

@@ -310,8 +310,16 @@ def load_network(checkpoint: str | Path) -> torch.nn.Module:
 
     experiment, shape, num_classes, tensors = _read(checkpoint)
     network = build(experiment, shape, num_classes)
-    network.load_state_dict(tensors)
+    _load(network, tensors, checkpoint)
     return network.eval()
+
+
+def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], checkpoint: str | Path) -> None:
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{checkpoint} has other weights than its experiment says: {reason}") from None
 
 
 def _read_method(checkpoint: str | Path, changes: Mapping[str, Any] | None = None) -> tuple[Method, torch.device]:
@@ -330,7 +338,7 @@ def _read_method(checkpoint: str | Path, changes: Mapping[str, Any] | None = Non
     vae = _vae_of(checkpoint, experiment, shape)
     method = build_method(experiment, shape, num_classes)
     method.decode = decoder_of(vae, experiment.data.vae, device)
-    method.network.load_state_dict(tensors)
+    _load(method.network, tensors, checkpoint)
     return method.to(device).eval(), device
 
 
@@ -345,7 +353,10 @@ def _vae_of(checkpoint: str | Path, experiment: Experiment, shape: tuple[int, in
     from sddit.training.store import read_checkpoint
 
     if values := read_checkpoint(checkpoint).values.get("vae"):
-        return VaeInfo.model_validate(values)
+        try:
+            return VaeInfo.model_validate(values)
+        except ValueError as error:
+            raise _not_ours(checkpoint, error) from None
     if experiment.data.vae:
         return described(experiment.data.vae, shape)
     if shape[0] not in (1, 3):
@@ -451,6 +462,9 @@ def _read(checkpoint: str | Path) -> tuple[Experiment, tuple[int, int, int], int
         c, h, w = (int(n) for n in found.values["shape"])
         num_classes = int(found.values["num_classes"])
     except (KeyError, TypeError, ValueError) as error:
-        reason = json.dumps(str(error))
-        raise CheckpointError(f"{checkpoint} is not a checkpoint of this project: {reason}.") from None
+        raise _not_ours(checkpoint, error) from None
     return experiment, (c, h, w), num_classes, found.load(SAMPLING)
+
+
+def _not_ours(checkpoint: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{checkpoint} is not a checkpoint of this project: {json.dumps(str(error))}.")

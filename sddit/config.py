@@ -6,13 +6,15 @@ here; fields marked `NotInDigest` say where, how fast or how long an experiment 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from sddit.errors import UsageError, did_you_mean
 
@@ -587,11 +589,41 @@ def _explain(error: Any) -> str:
     return f"{path} is {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 
+def check_value(path: str, value: Any) -> None:
+    """Whether a field may hold a value by itself; an unknown one, of another version, may hold anything.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if checks := _checks(path):
+        try:
+            for check in checks:
+                with contextlib.suppress(ValidationError):
+                    return check.validate_python(value)
+            checks[0].validate_python(value)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+
+
+@functools.cache
+def _checks(path: str) -> list[TypeAdapter]:
+    section, _, name = path.rpartition(".")
+    fields = [getattr(owner, "model_fields", {}).get(name) for owner in _owners(section)]
+    return [TypeAdapter(Annotated[field.annotation, Field(), *field.metadata]) for field in fields if field]  # type: ignore[arg-type]
+
+
+def _owners(section: str) -> list[Any]:
+    """The classes whose fields a section may have."""
+    if section == "method":
+        return list(METHOD_CONFIGS.values())
+    field = Experiment.model_fields.get(section)
+    return [field.annotation if field else Experiment if not section else None]
+
+
 def _range_of(path: str) -> str | None:
     """Both bounds of a field in words, e.g. 'in [0, 1)'."""
     section, _, name = path.rpartition(".")
-    owners = METHOD_CONFIGS.values() if section == "method" else [Experiment.model_fields[section].annotation]
-    for owner in owners:
+    for owner in _owners(section):
         info = getattr(owner, "model_fields", {}).get(name)
         bounds = {
             k: getattr(m, k)

@@ -6,15 +6,28 @@ A message says what was given, what is allowed and what to do next. Imports noth
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
+def without_password(text: str) -> str:
+    """Without the password that an address in it may carry.
+
+    >>> without_password("postgresql://me:secret@host/mlflow")
+    'postgresql://me:…@host/mlflow'
+    """
+    return re.sub(r"//([^/@:\s]*):[^/@\s]*@", r"//\1:…@", text)
+
+
 class SdditError(Exception):
-    """Anything the user can cause or must know; shown without a traceback. Exit status 1."""
+    """Anything the user can cause or must know; shown without a traceback and without passwords. Exit status 1."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return without_password(super().__str__())
 
 
 class UsageError(SdditError, ValueError):

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import socket
 import sqlite3
 import uuid
@@ -25,13 +24,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Json, ValidationError
 
-from sddit.errors import TrackingError, UsageError, did_you_mean
+from sddit.config import check_value
+from sddit.errors import TrackingError, UsageError, did_you_mean, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -174,6 +175,7 @@ def _cells(runs: list[Run], sweep: str) -> list[Run]:
 def _parent(runs: list[Run], experiment: Experiment) -> SweepRecord:
     for run in runs:
         if run.data.tags.get("sddit.kind") == "sweep":
+            _check(run, {})
             return SweepRecord(experiment.experiment_id, run.info.run_id, dict(run.data.tags))
     return SweepRecord(experiment.experiment_id, None, {})
 
@@ -182,6 +184,7 @@ def _cell_table(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         tags, params = run.data.tags, _params(run)
+        _check(run, params)
         rows.append(
             {
                 "identity": tags.get("sddit.identity", ""),
@@ -327,6 +330,49 @@ def _params(run: Run) -> dict[str, Any]:
     return {key: parse_param(key, text) for key, text in sorted({**axes, **run.data.params}.items())}
 
 
+class _Tags(BaseModel):
+    """What tags must hold, where they are there, for others to read them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    step: int = 0
+    steps: int = 0
+    reference_images: int = 1
+    axes: Json[list[str]] | None = None
+    excluded: Json[dict[str, str]] | None = None
+    reference: Json[dict[str, Any]] | None = None
+    noise_floor: Json[dict[Literal["mean", "sd", "draws"], float]] | None = None
+    prediction: Json[dict[str, float]] | None = None
+    owner: Json[dict[str, Any] | None] | None = None
+    heartbeat: float = 0.0
+    device_hours: float = 0.0
+    sampling_flops: float = 0.0
+    budget_hours: float = 0.0
+    price: float = 0.0
+
+
+def _check(run: Run, params: Mapping[str, Any]) -> None:
+    """Raises TrackingError where a run holds what the tracker cannot have written."""
+    tags = {
+        tag.removeprefix("sddit."): text for tag, text in run.data.tags.items() if tag.startswith("sddit.") and text
+    }
+    name, text = "", ""
+    try:
+        for name, text in params.items():
+            check_value(name, text)
+        _Tags.model_validate(tags)
+        return
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, text, reason = f"sddit.{first['loc'][0]}", tags[str(first["loc"][0])], first["msg"]
+    except ValueError as error:
+        reason = str(error)
+    raise TrackingError(
+        f"Run {run.info.run_id} ({run.info.run_name}) holds {name} = {str(text)[:100]!r}, which nothing here records: "
+        f"{reason}. If it was changed by hand, change it back in MLflow, or delete the run there to go on without it."
+    )
+
+
 def parse_param(key: str, text: str) -> Any:
     """The value that MLflow keeps as text: a number, true or false, None, a list, else the text itself.
 
@@ -379,7 +425,7 @@ def open_record(sweep: str, tracking_uri: str | None) -> Iterator[tuple[MlflowCl
             raise UsageError(_unknown_sweep(sweep, known, uri))
         if experiment.lifecycle_stage == "deleted":
             raise UsageError(
-                f"The sweep {sweep!r} was deleted in {without_password(uri)}. Bring it back with: "
+                f"The sweep {sweep!r} was deleted in {uri}. Bring it back with: "
                 f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
             )
         with _bounded_http(retries=2, seconds=60):  # somebody is; a long table may take a while
@@ -387,7 +433,7 @@ def open_record(sweep: str, tracking_uri: str | None) -> Iterator[tuple[MlflowCl
     except (MlflowException, SQLAlchemyError, requests.RequestException, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrackingError(
-            f"Cannot read the MLflow record {without_password(uri)}: {without_password(reason)}\n"
+            f"Cannot read the MLflow record {uri}: {reason}\n"
             "Check that the server is up and the address right (--tracking-uri or MLFLOW_TRACKING_URI)."
         ) from error
 
@@ -419,10 +465,10 @@ def _all_experiments(client: MlflowClient) -> list[Experiment]:
 def _unknown_sweep(sweep: str, known: list[str], uri: str) -> str:
     known = sorted(name for name in known if name != "Default")  # MLflow's own, always there
     if not known:
-        return f"No sweep {sweep!r} in {without_password(uri)}, which holds none yet. {FIRST_RUN}"
+        return f"No sweep {sweep!r} in {uri}, which holds none yet. {FIRST_RUN}"
     if len(known) > 20:  # a shared server can hold thousands
         known = difflib.get_close_matches(sweep, known, n=20, cutoff=0.0)
-    return f"No sweep {sweep!r} in {without_password(uri)}. {did_you_mean(sweep, known)}"
+    return f"No sweep {sweep!r} in {uri}. {did_you_mean(sweep, known)}"
 
 
 def _readable(uri: str) -> str:
@@ -446,7 +492,7 @@ def _readable(uri: str) -> str:
         try:
             socket.create_connection((parts.hostname, parts.port or DATABASE_PORTS[dialect]), timeout=5).close()
         except OSError as error:
-            raise TrackingError(f"Cannot reach the MLflow database {without_password(uri)}: {error}") from error
+            raise TrackingError(f"Cannot reach the MLflow database {uri}: {error}") from error
     return uri
 
 
@@ -460,8 +506,3 @@ def _check_sqlite(path: Path) -> None:
         raise TrackingError(f"Cannot read {path}: {error}. {FIRST_RUN}") from error
     if not found:
         raise TrackingError(f"{path} is not an MLflow record: it has no experiments. {FIRST_RUN}")
-
-
-def without_password(text: str) -> str:
-    """Without the password that an address may carry."""
-    return re.sub(r"//([^/@:\s]*):[^/@\s]*@", r"//\1:…@", text)

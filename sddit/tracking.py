@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from sddit.config import Experiment
-from sddit.errors import SupersededError, TrackingError, UsageError
+from sddit.errors import SupersededError, TrackingError, UsageError, without_password
 from sddit.filesystem import PATIENCE_SECONDS, patiently
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def _analyse(uri: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300].rstrip(".") if str(error).strip() else type(error).__name__
+    text = without_password(str(error).strip()) or type(error).__name__  # before it is cut
+    return text.splitlines()[0][:300].rstrip(".")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ BAD = [
         "batch_size 250 is not divisible by 8 workers. Use 248 or 256, or --workers 5 or 10.",
     ),
     ({"train.micro_batch": 5}, "not divisible by train.micro_batch 5"),
+    ({"seed": -1}, "seed is -1, but must be ≥ 0"),
     ({"method.teacher_momentum_end": 1.0}, "must be given together"),
     ({"method.lambda_d_end": 1.0}, "lambda_d_end and lambda_d_horizon must be given together"),
     (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sddit.data.manifest import MANIFEST, Manifest, VaeInfo, open_manifest, write_manifest
 from sddit.data.output import SCRATCH, Output
@@ -176,7 +176,10 @@ class Job:
         reports = []
         for name in (report_name(index) for index in range(self.plan.shards)):
             if name in self.stored:
-                report = Report.model_validate_json(self.out.read(name))
+                try:
+                    report = Report.model_validate_json(self.out.read(name))
+                except ValidationError:  # damaged: the shard is made again
+                    continue
                 files = (report.shard.images, report.shard.labels) if report.shard else ()
                 if all(self.stored.get(file.file) == file.bytes for file in files):
                     reports.append(report)

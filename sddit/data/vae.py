@@ -155,8 +155,8 @@ class Vae:
             model = AutoencoderKL.from_pretrained(
                 find_vae(name), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+        except Exception as error:  # a configuration's nonsense fails wherever diffusers comes to use it
+            reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise UsageError(f"The autoencoder {name} cannot be loaded: {reason}.") from None
         self.model = model.float().eval().requires_grad_(False).to(device)
         self.device = device

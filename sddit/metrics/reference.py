@@ -113,7 +113,16 @@ class Source:
 
     @property
     def default_extractor(self) -> str:
-        return self.about["extractor"] if self.built else DEFAULT_EXTRACTORS.get(self.name, INCEPTION)
+        """Raises UsageError where a file names code of somebody's own: only the user may."""
+        if not self.built:
+            return DEFAULT_EXTRACTORS.get(self.name, INCEPTION)
+        name = self.about["extractor"]
+        if ":" in name:
+            raise UsageError(
+                f"{self.name} was built with the extractor {name}, which is code outside this project. If you trust "
+                f"it, say so: --extractor {name} (in Python extractor={name!r})."
+            )
+        return name
 
     def check(self, extractor: str, metrics: Sequence[str], shape: Shape | None = None) -> None:
         """Whether it can serve these metrics, with this extractor, for images of `shape` (C, H, W). Free of torch.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from rich.console import Console
 
 from sddit import cost, results
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 GB = 1e9
 KEEP_SECONDS = 60.0
+# Tune would send the driver's AWS keys to the trials, in an environment that Ray writes into its logs.
+class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
 
 
 class Driver:

@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 
 from sddit.config import FRESH_SEED
-from sddit.errors import SdditError
+from sddit.errors import SdditError, without_password
 from sddit.intervals import t_interval
 from sddit.orchestration.plan import label_of, point_of
 from sddit.tracking import VIEW, SweepRecord
@@ -90,9 +90,9 @@ def _with_interval(values: list[float]) -> str:
 def ui_line(uri: str) -> str:
     """The command that opens the MLflow UI on this record."""
     if uri.startswith("http"):
-        return f"it runs at {uri}"
+        return f"it runs at {without_password(uri)}"
     mlflow = Path(sys.executable).parent / "mlflow"
-    return shlex.join([str(mlflow), "ui", "--workers", "1", "--backend-store-uri", uri])
+    return without_password(shlex.join([str(mlflow), "ui", "--workers", "1", "--backend-store-uri", uri]))
 
 
 def ui_link(uri: str, experiment_id: str) -> str:

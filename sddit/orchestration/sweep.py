@@ -24,7 +24,7 @@ from rich.console import Console
 from sddit import cost
 from sddit.config import FRESH_SEED, Experiment, parse_assignment
 from sddit.environment import check_environment
-from sddit.errors import UsageError, did_you_mean, run_script
+from sddit.errors import UsageError, did_you_mean, run_script, without_password
 from sddit.orchestration import cluster, plan
 from sddit.orchestration.plan import Cell, Planned, Point, Settings, Space, Times
 from sddit.orchestration.progress import OVER, make_console
@@ -419,8 +419,8 @@ def _run_missing(
         return failed_before, True
     logs = _connect(job)
     console.print(
-        f"Sweep {job.name}: {samples} cells to run, {len(planned) - len(missing)} done. Record: {job.uri}. "
-        f"Checkpoints: {job.storage}."
+        f"Sweep {job.name}: {samples} cells to run, {len(planned) - len(missing)} done. "
+        f"Record: {without_password(job.uri)}. Checkpoints: {job.storage}."
     )
     import ray
 
@@ -534,12 +534,11 @@ def show_plan(job: Job, planned: Sequence[Planned], console: Console) -> None:
 
 def resume_line(*extra: str) -> str:
     """The command that goes on with this sweep: the one that was given."""
-    return shlex.join([*sys.orig_argv, *extra])
+    return without_password(shlex.join([*sys.orig_argv, *extra]))
 
 
 def command_line() -> str:
     """The command as somebody else would give it, in the project's folder."""
     root, script = Path(__file__).parents[2], Path(sys.argv[0]).absolute()
-    return shlex.join(
-        ["python", str(script.relative_to(root) if script.is_relative_to(root) else script.name), *sys.argv[1:]]
-    )
+    name = str(script.relative_to(root) if script.is_relative_to(root) else script.name)
+    return without_password(shlex.join(["python", name, *sys.argv[1:]]))

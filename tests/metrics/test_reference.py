@@ -13,6 +13,7 @@ from sddit.data.shards import Shards, write_shards
 from sddit.errors import DataError, UsageError
 from sddit.metrics import reference
 from sddit.metrics.features import get_extractor
+from sddit.metrics.fidelity import evaluate_images
 from sddit.metrics.images import images_in
 from sddit.metrics.reference import (
     PARTS,
@@ -288,6 +289,16 @@ def test_what_is_built_can_be_given_back(cache, monkeypatch):
         assert (found.digest, found.count) == (expected.digest, expected.count)
         assert np.array_equal(found.moments.covariance, expected.moments.covariance)
         assert np.array_equal(found.subset, expected.subset)
+
+
+def test_a_file_names_no_code_that_is_run(cache, tmp_path):
+    about = build_reference(digits(), get_extractor("digits-cnn"), ["fid"])
+    with np.load(about["path"]) as file:
+        content = {name: file[name] for name in file.files}
+    content["about"] = np.array(str(content["about"]).replace('"digits-cnn"', '"somebodys_module:Class"'))
+    np.savez(tmp_path / "theirs.npz", **content)
+    with pytest.raises(UsageError, match="If you trust it, say so: --extractor somebodys_module:Class"):
+        evaluate_images(DIGITS[:50].transpose(0, 2, 3, 1), str(tmp_path / "theirs.npz"), None, ["fid"])
 
 
 def test_what_does_not_fit_what_was_built(cache):

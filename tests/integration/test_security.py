@@ -1,0 +1,64 @@
+"""What others can reach and read of a sweep on one machine (docs/security.md): nothing beyond it, and no secret."""
+
+import ipaddress
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import MASK_RATIO, Running, sweep
+from tiny import set_flags
+
+pytestmark = pytest.mark.slow
+
+PLANTED = "planted-0451"
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": f"{PLANTED}-aws",
+    "MLFLOW_TRACKING_PASSWORD": f"{PLANTED}-mlflow",
+    "HF_TOKEN": f"{PLANTED}-hub",
+    "RAY_AUTH_TOKEN": f"{PLANTED}-ray-{'0' * 24}",
+    "DATABASE_URL": f"postgresql://me:{PLANTED}-database@host/db",
+}
+
+
+def listening(process):
+    """(address, port, command) of every socket that a process and those below it listen on."""
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            for socket in each.net_connections("inet"):
+                if socket.status == psutil.CONN_LISTEN:
+                    yield socket.laddr.ip, socket.laddr.port, " ".join(each.cmdline())[:80]
+        except psutil.Error:
+            continue
+
+
+def is_loopback(address):
+    ip = ipaddress.ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_but_loopback_listens_and_no_secret_is_written(workers, tmp_path):
+    flags = [*set_flags(method__mask_ratio="[0.2]", eval__every=20), "--steps", "20", "--workers", str(workers)]
+    running = Running(MASK_RATIO, *flags, cwd=tmp_path, **SECRETS)
+    running.wait_for("step 0/20")
+    family = psutil.Process(running.process.pid)
+    sockets = set(listening(family))
+    assert len(sockets) > 3, "Ray's processes listen"
+    assert [each for each in sockets if not is_loopback(each[0])] == []
+    assert running.wait() == 0, running.output
+
+    (logs,) = re.findall(r"Logs of Ray and of the cells: (\S+)", running.output)
+    read = 0
+    for file in [*tmp_path.rglob("*"), *Path(logs).parent.rglob("*")]:
+        if file.is_file() and not file.is_socket():
+            read += 1
+            assert PLANTED.encode() not in file.read_bytes(), file
+    assert read > 20, "record, artifacts, report, checkpoints and Ray's logs"
+
+
+def test_a_password_in_the_address_of_the_record_is_not_repeated(tmp_path):
+    address = f"http://me:{PLANTED}@127.0.0.1:9"
+    refused = sweep("--tracking-uri", address, cwd=tmp_path)
+    assert refused.returncode in (1, 2) and PLANTED not in refused.stdout + refused.stderr
+    assert not any(PLANTED.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
