@@ -232,11 +232,14 @@ def build_reference(source: str, extractor: str | None = None, metrics: Sequence
     return reference.build_reference(found, get_extractor(name, device, wanted), wanted)
 
 
-def diagnose(checkpoint: str | Path, names: Sequence[str], test_path: str | None = None) -> dict[str, float]:
+def diagnose(
+    checkpoint: str | Path, names: Sequence[str], test_path: str | None = None, extractor: str | None = None
+) -> dict[str, float]:
     """The final diagnostics of a checkpoint, as `eval.final` records them: of 'probe', 'copying', 'denoising', 'seeds'.
 
     Args:
         test_path: a prepared data set of held-out images; None is what its experiment held out.
+        extractor: of the features for 'copying' and 'seeds'; None is its experiment's.
 
     Raises:
         CheckpointError: there is none, or it is corrupt.
@@ -246,14 +249,17 @@ def diagnose(checkpoint: str | Path, names: Sequence[str], test_path: str | None
     from sddit.data.sampler import BatchSampler
     from sddit.data.shards import Shards
     from sddit.metrics.check import FINAL, check_held_out, check_metrics, check_names
-    from sddit.metrics.features import get_extractor
+    from sddit.metrics.features import check_named_by_file, get_extractor
     from sddit.metrics.reference import reference_of
     from sddit.training import diagnostics, evaluation
 
     check_names(names, FINAL, "diagnostic")
-    changes: dict[str, Any] = {"eval.final": tuple(names)} | ({"data.test_path": test_path} if test_path else {})
+    given = {"data.test_path": test_path, "eval.extractor": extractor}
+    changes = {"eval.final": tuple(names)} | {name: value for name, value in given.items() if value}
     method, device = _read_method(checkpoint, changes)
     experiment = method.experiment
+    if extractor is None:
+        check_named_by_file(experiment.eval.extractor, checkpoint)
     options, manifest = experiment.eval, open_manifest(experiment.data.path)
     if (manifest.shape, manifest.num_classes) != (method.shape, method.num_classes):
         raise UsageError(
@@ -263,19 +269,19 @@ def diagnose(checkpoint: str | Path, names: Sequence[str], test_path: str | None
     check_held_out(experiment, manifest)
     sampler = BatchSampler.of(experiment, Shards(manifest), batch_size=1)
     metrics = ("fid",) if "seeds" in names else ()
-    extractor, real, evaluated = None, None, evaluation.Evaluation({})
+    network, real, evaluated = None, None, evaluation.Evaluation({})
     if {"copying", "seeds"} & set(names):
         source = reference_of(experiment, manifest)
         check_metrics(("fid",), options.extractor, options.samples, source.count)
-        extractor = get_extractor(options.extractor, device)
-        real = source.load(extractor, metrics)
-        evaluated = evaluation.evaluate(method, method.network, extractor, real, device, metrics, keep_features=True)
+        network = get_extractor(options.extractor, device)
+        real = source.load(network, metrics)
+        evaluated = evaluation.evaluate(method, method.network, network, real, device, metrics, keep_features=True)
     return diagnostics.diagnose(
         names,
         diagnostics.Setting(
             method,
             method.network,
-            extractor,
+            network,
             real,
             sampler.training_images(),
             diagnostics.held_out_images(experiment, sampler),

@@ -106,7 +106,7 @@ class Evaluate:
     """A data set (a built-in name or a prepared folder), a folder of images, an .npz with arr_0 or with the statistics
     of the ADM suite, or what `sddit reference` built."""
     extractor: str | None = None
-    """Feature network; default: the one that belongs to the reference."""
+    """Feature network; default: the one that belongs to the reference (of --final: to the experiment)."""
     metrics: str | None = None
     """Of fid,sfid,is,precision,recall,kid; default: fid, or nothing with --final."""
     final: str | None = None
@@ -125,7 +125,7 @@ class Evaluate:
         if self.metrics or not self.final:
             found = api.evaluate(self.samples, self.reference, self.extractor, _names(self.metrics or "fid"), self.vae)
         if self.final:
-            found["final"] = api.diagnose(self.samples, _names(self.final), self.test_path)
+            found["final"] = api.diagnose(self.samples, _names(self.final), self.test_path, self.extractor)
         print(json.dumps(found, indent=1))
 
 

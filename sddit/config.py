@@ -6,13 +6,12 @@ here; fields marked `NotInDigest` say where, how fast or how long an experiment 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -595,21 +594,18 @@ def check_value(path: str, value: Any) -> None:
     Raises:
         ValueError: it may not.
     """
-    if checks := _checks(path):
-        try:
-            for check in checks:
-                with contextlib.suppress(ValidationError):
-                    return check.validate_python(value)
-            checks[0].validate_python(value)
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"]) from None
+    try:
+        _adapter(path).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from None
 
 
 @functools.cache
-def _checks(path: str) -> list[TypeAdapter]:
+def _adapter(path: str) -> TypeAdapter:
     section, _, name = path.rpartition(".")
     fields = [getattr(owner, "model_fields", {}).get(name) for owner in _owners(section)]
-    return [TypeAdapter(Annotated[field.annotation, Field(), *field.metadata]) for field in fields if field]  # type: ignore[arg-type]
+    kinds: Any = tuple(Annotated[field.annotation, Field(), *field.metadata] for field in fields if field)
+    return TypeAdapter(Union[kinds or Any])  # type: ignore[arg-type]  # noqa: UP007
 
 
 def _owners(section: str) -> list[Any]:

@@ -15,10 +15,10 @@ from typing import NoReturn
 def without_password(text: str) -> str:
     """Without the password that an address in it may carry.
 
-    >>> without_password("postgresql://me:secret@host/mlflow")
-    'postgresql://me:…@host/mlflow'
+    >>> without_password("postgresql://me@azure:p@ss@host/mlflow?password=secret")
+    'postgresql://me@azure:…@host/mlflow?password=…'
     """
-    return re.sub(r"//([^/@:\s]*):[^/@\s]*@", r"//\1:…@", text)
+    return re.sub(r"//([^/:\s]*):[^/\s]*@", r"//\1:…@", re.sub(r"([?&]password=)[^&\s]*", r"\1…", text))
 
 
 class SdditError(Exception):

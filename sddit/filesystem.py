@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from pyarrow import ArrowException, fs
 
-from sddit.errors import SdditError, StorageError, UsageError, did_you_mean
+from sddit.errors import SdditError, StorageError, UsageError, did_you_mean, without_password
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -176,7 +176,8 @@ def patiently(
             left = seconds - (time.monotonic() - begun)
             if not passes(error) or left <= 0:
                 raise
-            log.warning("%s: %s; trying again for %.0f s more.", what, _one_line(error), left)
+            text = without_password(f"{what}: {_one_line(error)}")
+            log.warning("%s; trying again for %.0f s more.", text, left)
             time.sleep(min(wait, left, 30.0))
             wait *= 2
 

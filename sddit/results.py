@@ -24,12 +24,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Json, ValidationError
+from pydantic import BaseModel, Json, ValidationError
 
 from sddit.config import check_value
 from sddit.errors import TrackingError, UsageError, did_you_mean, without_password
@@ -175,7 +175,7 @@ def _cells(runs: list[Run], sweep: str) -> list[Run]:
 def _parent(runs: list[Run], experiment: Experiment) -> SweepRecord:
     for run in runs:
         if run.data.tags.get("sddit.kind") == "sweep":
-            _check(run, {})
+            _checked(run)
             return SweepRecord(experiment.experiment_id, run.info.run_id, dict(run.data.tags))
     return SweepRecord(experiment.experiment_id, None, {})
 
@@ -184,15 +184,15 @@ def _cell_table(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         tags, params = run.data.tags, _params(run)
-        _check(run, params)
+        known = _checked(run)
         rows.append(
             {
                 "identity": tags.get("sddit.identity", ""),
                 "run_id": run.info.run_id,
                 "name": run.info.run_name,
                 "state": tags.get("sddit.state", "unknown"),
-                "step": int(tags.get("sddit.step", 0)),
-                "steps": int(tags.get("sddit.steps", 0)),
+                "step": known.step,
+                "steps": known.steps,
                 "seed": params.get("seed"),
                 "protocol": tags.get("sddit.protocol", ""),
                 "code": tags.get("sddit.code", ""),
@@ -330,20 +330,32 @@ def _params(run: Run) -> dict[str, Any]:
     return {key: parse_param(key, text) for key, text in sorted({**axes, **run.data.params}.items())}
 
 
+class _NoiseFloor(BaseModel):
+    mean: float
+    sd: float
+    draws: int
+
+
+class _Owner(BaseModel):
+    pid: int
+    host: str
+    token: str
+
+
 class _Tags(BaseModel):
     """What tags must hold, where they are there, for others to read them."""
 
-    model_config = ConfigDict(extra="ignore")
-
     step: int = 0
     steps: int = 0
+    workers: int = 1
     reference_images: int = 1
     axes: Json[list[str]] | None = None
+    base: Json[dict[str, Any]] | None = None
     excluded: Json[dict[str, str]] | None = None
     reference: Json[dict[str, Any]] | None = None
-    noise_floor: Json[dict[Literal["mean", "sd", "draws"], float]] | None = None
+    noise_floor: Json[_NoiseFloor] | None = None
     prediction: Json[dict[str, float]] | None = None
-    owner: Json[dict[str, Any] | None] | None = None
+    owner: Json[_Owner | None] | None = None
     heartbeat: float = 0.0
     device_hours: float = 0.0
     sampling_flops: float = 0.0
@@ -351,24 +363,21 @@ class _Tags(BaseModel):
     price: float = 0.0
 
 
-def _check(run: Run, params: Mapping[str, Any]) -> None:
-    """Raises TrackingError where a run holds what the tracker cannot have written."""
-    tags = {
-        tag.removeprefix("sddit."): text for tag, text in run.data.tags.items() if tag.startswith("sddit.") and text
-    }
+def _checked(run: Run) -> _Tags:
+    """The tags, read. Raises TrackingError where a run holds what the tracker cannot have written."""
+    tags = {tag[6:]: text for tag, text in run.data.tags.items() if tag.startswith("sddit.") and text}
     name, text = "", ""
     try:
-        for name, text in params.items():
-            check_value(name, text)
-        _Tags.model_validate(tags)
-        return
+        for name, text in run.data.params.items():
+            check_value(name, parse_param(name, text))
+        return _Tags.model_validate(tags)
     except ValidationError as error:
         first = error.errors()[0]
         name, text, reason = f"sddit.{first['loc'][0]}", tags[str(first["loc"][0])], first["msg"]
     except ValueError as error:
         reason = str(error)
     raise TrackingError(
-        f"Run {run.info.run_id} ({run.info.run_name}) holds {name} = {str(text)[:100]!r}, which nothing here records: "
+        f"Run {run.info.run_id} ({run.info.run_name}) holds {name} = {text[:100]!r}, which nothing here records: "
         f"{reason}. If it was changed by hand, change it back in MLflow, or delete the run there to go on without it."
     )
 

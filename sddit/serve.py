@@ -44,9 +44,9 @@ LATEST = "latest.json"
 SETTINGS = {  # of MLflow's server, where the user's environment says nothing else
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes that nothing here uses
-    # It serves 40 requests at once, and one that writes points takes two connections: with its own limit of 15 for all,
-    # a few dozen cells that report at once wait for each other, and it stands still.
-    "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "100",
+    # A process serves 40 requests at once, and one that writes points takes a second connection while it holds the
+    # first: with its own limit of 15, a few dozen cells that report at once wait for each other, and it stands still.
+    "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "50",
 }
 Copies = list[dict[str, Any]]  # newest first: file, saved (UTC), bytes, sha256
 

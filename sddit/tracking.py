@@ -142,7 +142,7 @@ def _as_tracking_error(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:  # the latter of the client that sends artifacts
-        raise TrackingError(f"{what}: {_first_line(error)}.") from error
+        raise TrackingError(f"{what}: {_first_line(error)}.") from None  # whose text may hold a password
 
 
 def _patiently(what: str, call: Callable[[], T]) -> T:

@@ -108,6 +108,15 @@ def check_extractor(name: str, shape: tuple[int, int, int] | None = None) -> Non
         raise UsageError(f"Unknown extractor {name!r}. {did_you_mean(name, known)} Or give your own as module:Class.")
 
 
+def check_named_by_file(name: str, file: str | Path) -> None:
+    """Raises UsageError where a file names code of somebody's own as its extractor: only the user may."""
+    if ":" in name:
+        raise UsageError(
+            f"{file} names the extractor {name}, which is code outside this project. If you trust it, say so: "
+            f"--extractor {name} (in Python extractor={name!r})."
+        )
+
+
 def layers_of(name: str) -> set[str] | None:
     """Which layers the extractor of that name has, without torch; None where only its class can tell."""
     if name in CLASSIFIERS:

@@ -33,7 +33,7 @@ from sddit.data import DATASETS, Manifest, cache_dir, open_manifest
 from sddit.data.manifest import MANIFEST
 from sddit.data.shards import Shards
 from sddit.errors import DataError, UsageError
-from sddit.metrics.features import DIGITS_CNN, INCEPTION
+from sddit.metrics.features import DIGITS_CNN, INCEPTION, check_named_by_file
 from sddit.metrics.images import Images, Shape, has_images, npz_arrays, open_images
 from sddit.metrics.protocol import METRICS
 from sddit.metrics.statistics import Moments, frechet_distance
@@ -113,16 +113,11 @@ class Source:
 
     @property
     def default_extractor(self) -> str:
-        """Raises UsageError where a file names code of somebody's own: only the user may."""
+        """Raises UsageError as `check_named_by_file`."""
         if not self.built:
             return DEFAULT_EXTRACTORS.get(self.name, INCEPTION)
-        name = self.about["extractor"]
-        if ":" in name:
-            raise UsageError(
-                f"{self.name} was built with the extractor {name}, which is code outside this project. If you trust "
-                f"it, say so: --extractor {name} (in Python extractor={name!r})."
-            )
-        return name
+        check_named_by_file(self.about["extractor"], self.name)
+        return self.about["extractor"]
 
     def check(self, extractor: str, metrics: Sequence[str], shape: Shape | None = None) -> None:
         """Whether it can serve these metrics, with this extractor, for images of `shape` (C, H, W). Free of torch.

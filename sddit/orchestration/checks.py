@@ -26,7 +26,7 @@ from sddit.config import Experiment
 from sddit.data import DATASETS, Manifest, cache_dir, open_manifest
 from sddit.data.remote import has_copy, limit_bytes
 from sddit.environment import check_environment, source_digest, versions
-from sddit.errors import SdditError, TrackingError, UsageError
+from sddit.errors import SdditError, TrackingError, UsageError, without_password
 from sddit.filesystem import in_words, is_remote
 from sddit.metrics.check import check_evaluation
 from sddit.metrics.features import check_extractor
@@ -275,7 +275,7 @@ def check_tracking(need: Need) -> Iterator[Finding]:
     except TrackingError as error:
         yield Finding("tracking", "problem", str(error), f"{ACCEPT}. {SECRETS}")
     else:
-        yield Finding("tracking", "ok", f"{plain(uri)} answers")
+        yield Finding("tracking", "ok", f"{without_password(uri)} answers")
 
 
 def check_data(need: Need) -> Iterator[Finding]:
@@ -339,11 +339,6 @@ def local_record(uri: str) -> Path | None:
     """The file or folder of a record that no server keeps."""
     scheme, _, path = uri.partition(":")
     return Path("/" + path.lstrip("/")) if scheme in ("sqlite", "file") else None
-
-
-def plain(uri: str) -> str:
-    """Without a password."""
-    return uri.replace(f"{urlsplit(uri).netloc.rpartition('@')[0]}@", "") if "@" in uri else uri
 
 
 def _boot() -> str:

@@ -21,7 +21,7 @@ from sddit import cost
 from sddit.config import Experiment
 from sddit.data import Manifest, open_manifest
 from sddit.environment import SAME_CODE, source_digest, versions
-from sddit.errors import SdditError, TrackingError, UsageError
+from sddit.errors import SdditError, TrackingError, UsageError, without_password
 from sddit.filesystem import is_remote
 from sddit.orchestration import cluster
 from sddit.orchestration.checks import (
@@ -33,7 +33,6 @@ from sddit.orchestration.checks import (
     examine,
     in_one_line,
     local_record,
-    plain,
 )
 from sddit.orchestration.progress import make_console
 from sddit.tracking import check_writable, code_revision, resolve_uri
@@ -253,7 +252,7 @@ def check_record(uri: str) -> Iterator[Finding]:
     except TrackingError as error:
         yield Finding("tracking", "problem", str(error))
         return
-    yield Finding("tracking", "ok", f"{plain(uri)} can be written to")
+    yield Finding("tracking", "ok", f"{without_password(uri)} can be written to")
 
 
 def check_sharing(need: Need, machines: int, *, can_grow: bool) -> Iterator[Finding]:

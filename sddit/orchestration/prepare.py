@@ -40,7 +40,8 @@ def prepare(*, workers: int | None = None, gpus: int | None = None, **arguments:
     """Prepares a data set, or goes on with it, and says what it does. Other arguments and errors are those of `Job`.
 
     Args:
-        workers: shards made at once, at most; by default as many as the cluster has CPUs (or GPUs that encode).
+        workers: shards made at once, at most; by default as many as the cluster has CPUs or can get (or GPUs that
+            encode).
         gpus: actors that encode on a GPU each; by default one for each GPU there is now. More than there are let an
             autoscaling cluster start nodes; 0 encodes on CPUs.
     """
@@ -95,8 +96,9 @@ def run_on_ray(
 
     context = ray.data.DataContext.get_current()
     _quiet(context)
-    have = ray.cluster_resources()
-    cpus, there = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    now, growth = cluster.alive(), cluster.growth()
+    cpus, there = (int(sum(getattr(node, name) for node in now)) for name in ("cpus", "gpus"))
+    largest = growth.grown(now, lambda node: node.cpus) if growth else now  # waiting actors make a cluster grow
     texts = [task.model_dump_json() for task in tasks]
     first = Task.model_validate_json(texts[0])
     vae = [first.vae] if first.vae and Path(first.vae).is_dir() else []
@@ -105,9 +107,9 @@ def run_on_ray(
     each: dict[str, Any] = {"batch_size": 1, "batch_format": "numpy"}
     rows = ray.data.from_items([{"task": text, "error": ""} for text in texts], override_num_blocks=len(texts))
     if not (first.vae and gpus):
-        count = min(workers or cpus, len(texts))
+        count = min(workers or max(1, int(sum(node.cpus for node in largest))), len(texts))
         done = rows.map_batches(_Maker, num_cpus=1, compute=_pool(count), **each)
-        how = f"{count} actors, each on a CPU"
+        how = f"up to {count} actors, each on a CPU"
     else:
         count = min(workers or gpus, gpus, len(texts))
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(

@@ -303,7 +303,7 @@ def test_cells_that_report_all_at_once_do_not_bring_the_server_to_a_standstill(t
         client = tracking.open_client(server.uri)
         experiment = client.create_experiment("sweep")
         runs = [client.create_run(experiment).info.run_id for _ in range(cells)]
-        together = threading.Barrier(cells)
+        together = threading.Barrier(cells, timeout=60)  # one that fails leaves nobody waiting
         with ThreadPoolExecutor(cells) as pool:
             list(pool.map(write, runs))
         with contextlib.closing(sqlite3.connect(server.database)) as db:

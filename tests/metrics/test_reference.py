@@ -297,7 +297,7 @@ def test_a_file_names_no_code_that_is_run(cache, tmp_path):
         content = {name: file[name] for name in file.files}
     content["about"] = np.array(str(content["about"]).replace('"digits-cnn"', '"somebodys_module:Class"'))
     np.savez(tmp_path / "theirs.npz", **content)
-    with pytest.raises(UsageError, match="If you trust it, say so: --extractor somebodys_module:Class"):
+    with pytest.raises(UsageError, match=r"theirs\.npz names the extractor somebodys_module:Class, which"):
         evaluate_images(DIGITS[:50].transpose(0, 2, 3, 1), str(tmp_path / "theirs.npz"), None, ["fid"])
 
 
