@@ -97,5 +97,5 @@ def ui_line(uri: str) -> str:
 
 def ui_link(uri: str, experiment_id: str) -> str:
     """The cells of a sweep as a table sorted by FID, in the view that the tracker made."""
-    root = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    root = without_password(uri.rstrip("/")) if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{root}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"

@@ -1,6 +1,7 @@
 """The project's commands as a user runs them: in their own process and folder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,9 +63,21 @@ class Running:
         return self.log.read_text()
 
     def wait_for(self, text, timeout=120):
+        self._wait(lambda: text in self.output, text, timeout)
+
+    def wait_for_step(self, step, *, cells=1, timeout=120):
+        """Until so many cells are said to have come so far, or farther: not every step is said."""
+
+        def reached():
+            said = re.findall(r"\((\w{12})\): \w+, step (\d+)/", self.output)
+            return len({identity for identity, n in said if int(n) >= step}) >= cells
+
+        self._wait(reached, f"step {step}", timeout)
+
+    def _wait(self, came, what, timeout):
         deadline = time.monotonic() + timeout
-        while text not in self.output:
-            assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output}"
+        while not came():
+            assert time.monotonic() < deadline, f"{what!r} did not come:\n{self.output}"
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
             time.sleep(0.1)
 

@@ -63,7 +63,7 @@ def test_a_sweep_uses_a_node_that_comes_and_outlives_one_that_goes(nodes, undist
     assert len(nodes.running(ONE_WORKER)) == 3, "the node that came is used beside the others"
 
     # Its cell began last, so it is the one that surely is in its middle: after its first checkpoint.
-    wait_until(lambda: running.output.count(f"step {EVERY}/{STEPS}") >= 3, running)
+    running.wait_for_step(EVERY, cells=3)
     nodes.kill(third)
     running.wait_for("starts again")
     nodes.add()
@@ -82,7 +82,7 @@ def test_a_cell_changes_its_number_of_workers_and_outlives_a_node_that_is_taken_
         flags = ["--workers", str(workers), "--steps", str(steps)]
         running = Running(*command(*flags, ratios="[0.5]"), cwd=tmp_path, **nodes.environment)
         if workers > 1:
-            running.wait_for(f"step {2 * EVERY}/", timeout=200)
+            running.wait_for_step(2 * EVERY, timeout=200)
             used = nodes.running(MORE_WORKERS)
             assert len(used) == 2, "its workers are on two nodes"
             nodes.terminate(max(used))

@@ -73,7 +73,7 @@ def test_prepare_train_go_on_and_analyse(storage, server, cluster, folder):
     place = ["--storage", f"{PLACE}/runs", "--tracking-uri", server.uri]
     flags = [*set_flags(**tiny, data__path=data), *place]
     killed = Running(MASK_RATIO, *flags, "--steps", STEPS, cwd=folder, **cluster)
-    killed.wait_for(f"step {EVERY}/{STEPS}")
+    killed.wait_for_step(EVERY)
     killed.kill()
     done = run(MASK_RATIO, *flags, "--steps", STEPS, cwd=folder, **cluster)
     assert done.returncode == 0, done.stdout + done.stderr

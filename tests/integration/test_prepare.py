@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from commands import Running, no_traceback, run
 from latents import write_vae
-from pictures import contents, images_of, write_parquet, write_source
+from pictures import CLASSES, contents, images_of, write_parquet, write_source
 from storage import BUCKET, s3
 
 from sddit.data import open_manifest
-from sddit.data.job import Job
+from sddit.data.job import SHARD_IMAGES, Job
 from sddit.data.prepare import make_shards
 
 pytestmark = pytest.mark.slow
-COUNT = 9 * 1024 + 5
+COUNT = 9 * SHARD_IMAGES + 5
 
 
 def prepare(*arguments, cwd, **env):
@@ -29,11 +29,11 @@ def source(tmp_path_factory):
     """Ten shards of images, one of them unreadable."""
     from pictures import encoded
 
-    images, labels = images_of(COUNT)
-    files = [encoded(image) for image in images]
+    distinct = [encoded(image) for image in images_of(500)[0]]
+    files = [distinct[i % len(distinct)] for i in range(COUNT)]
     files[2000] = b"broken"
     path = tmp_path_factory.mktemp("source") / "a.parquet"
-    write_parquet(path, files, labels, rows=500)
+    write_parquet(path, files, np.arange(COUNT) * len(CLASSES) // COUNT, rows=500)
     return path
 
 

@@ -36,7 +36,7 @@ def journal(folder):
 def test_a_search_goes_on_after_a_kill_as_if_nothing_had_happened(seed, tmp_path):
     command = search("--trials", "8", cwd=tmp_path)
     first = Running(*command, cwd=tmp_path)
-    first.wait_for("step 2/12")
+    first.wait_for_step(2)
     time.sleep(random.Random(seed).uniform(0, 4))
     first.kill()
     again = Running(*command, cwd=tmp_path)
@@ -109,7 +109,7 @@ def test_fresh_seeds_confirm_what_was_picked(tmp_path):
 def test_status_from_another_shell(tmp_path):
     command = search(cwd=tmp_path, name="mask_ratio", method__mask_ratio="[0.2, 0.5]", train__log_every=1)
     running = Running(*command, "--steps", "400", cwd=tmp_path)
-    running.wait_for("step 2/400")
+    running.wait_for_step(2)
     status = run("-m", "sddit", "status", "mask_ratio", cwd=tmp_path)
     assert status.returncode == 0 and "driven by process" in no_traceback(status)
     assert "mask_ratio=0.2" in status.stdout and "/400" in status.stdout and "running" in status.stdout
