@@ -95,6 +95,8 @@ def open_client(uri: str) -> MlflowClient:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{path}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the schema is migrated without a lock of MLflow's own
+                if not path.exists():
+                    _create(path)
                 client = MlflowClient(uri)
                 with contextlib.closing(sqlite3.connect(path, timeout=30)) as db:
                     db.execute("PRAGMA journal_mode=WAL")
@@ -119,6 +121,17 @@ def check_writable(uri: str) -> None:
         for experiment in client.search_experiments(max_results=1):
             client.set_experiment_tag(experiment.experiment_id, "sddit.doctor", "")
             client.delete_experiment_tag(experiment.experiment_id, "sddit.doctor")
+
+
+def _create(path: Path) -> None:
+    """Makes a database and then puts it in its place: MLflow makes it table by table, and cannot go on with a part."""
+    from mlflow import MlflowClient
+
+    for left in path.parent.glob(f".{path.name}-new-*"):
+        left.unlink()
+    new = path.with_name(f".{path.name}-new-{uuid.uuid4().hex}")
+    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    new.replace(path)
 
 
 def _analyse(uri: str) -> None:

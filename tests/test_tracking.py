@@ -248,6 +248,19 @@ def test_four_processes_may_open_a_new_file_at_once(tmp_path):
     assert [process.exitcode for process in processes] == [0] * 4
 
 
+def test_a_kill_while_the_database_is_made_leaves_no_part_of_it(tmp_path):
+    code = f"from sddit.tracking import open_client; open_client('sqlite:///{tmp_path}/mlflow.db')"
+    first = subprocess.Popen([sys.executable, "-c", code])
+    while not any(file.stat().st_size for file in tmp_path.glob(".mlflow.db-new-*")):  # it has some tables
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert {file.name for file in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
+
+
 def test_an_unreachable_server_is_said_within_seconds():
     code = "from sddit.tracking import open_client; open_client('http://127.0.0.1:9')"
     begun = time.monotonic()
