@@ -7,7 +7,8 @@ Figure 4, Table 1), with the control that the paper lacks, DiT under EDM, and ea
 
 Cost on digits: 15 cells of half a minute to a minute and a half each, two at a time on two cores. Found there
 (2026-11-26, three seeds, results/digits): at equal steps SD-DiT ends below DiT, MDT and MaskDiT, but not below DiT
-under EDM (33.6 against 35.5, difference -1.9 [-11.4, +7.6]); at equal compute DiT under EDM is ahead of all.
+under EDM (33.6 against 35.5, difference -1.9 [-11.4, +7.6]); at equal compute DiT under EDM is ahead of all. On latents
+of CIFAR-10 (results/cifar10) the same two do not differ either, and DiT is not behind them.
 
 Methods start from their own presets, batch size included: for equal batches on imagenet256 add
 --set train.batch_size=256.
