@@ -258,8 +258,6 @@ def diagnose(
     changes = {"eval.final": tuple(names)} | {name: value for name, value in given.items() if value}
     method, device = _read_method(checkpoint, changes)
     experiment = method.experiment
-    if extractor is None:
-        check_named_by_file(experiment.eval.extractor, checkpoint)
     options, manifest = experiment.eval, open_manifest(experiment.data.path)
     if (manifest.shape, manifest.num_classes) != (method.shape, method.num_classes):
         raise UsageError(
@@ -271,6 +269,8 @@ def diagnose(
     metrics = ("fid",) if "seeds" in names else ()
     network, real, evaluated = None, None, evaluation.Evaluation({})
     if {"copying", "seeds"} & set(names):
+        if extractor is None:
+            check_named_by_file(options.extractor, checkpoint)
         source = reference_of(experiment, manifest)
         check_metrics(("fid",), options.extractor, options.samples, source.count)
         network = get_extractor(options.extractor, device)

@@ -175,7 +175,7 @@ def _cells(runs: list[Run], sweep: str) -> list[Run]:
 def _parent(runs: list[Run], experiment: Experiment) -> SweepRecord:
     for run in runs:
         if run.data.tags.get("sddit.kind") == "sweep":
-            _checked(run)
+            _checked(run, _params(run))
             return SweepRecord(experiment.experiment_id, run.info.run_id, dict(run.data.tags))
     return SweepRecord(experiment.experiment_id, None, {})
 
@@ -184,7 +184,7 @@ def _cell_table(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         tags, params = run.data.tags, _params(run)
-        known = _checked(run)
+        known = _checked(run, params)
         rows.append(
             {
                 "identity": tags.get("sddit.identity", ""),
@@ -363,19 +363,19 @@ class _Tags(BaseModel):
     price: float = 0.0
 
 
-def _checked(run: Run) -> _Tags:
+def _checked(run: Run, params: Mapping[str, Any]) -> _Tags:
     """The tags, read. Raises TrackingError where a run holds what the tracker cannot have written."""
     tags = {tag[6:]: text for tag, text in run.data.tags.items() if tag.startswith("sddit.") and text}
-    name, text = "", ""
+    name = ""
     try:
-        for name, text in run.data.params.items():
-            check_value(name, parse_param(name, text))
+        for name in run.data.params:
+            check_value(name, params[name])
         return _Tags.model_validate(tags)
     except ValidationError as error:
         first = error.errors()[0]
         name, text, reason = f"sddit.{first['loc'][0]}", tags[str(first["loc"][0])], first["msg"]
     except ValueError as error:
-        reason = str(error)
+        text, reason = run.data.params[name], str(error)
     raise TrackingError(
         f"Run {run.info.run_id} ({run.info.run_name}) holds {name} = {text[:100]!r}, which nothing here records: "
         f"{reason}. If it was changed by hand, change it back in MLflow, or delete the run there to go on without it."

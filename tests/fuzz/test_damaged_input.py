@@ -5,6 +5,7 @@ Hypothesis damages what was written whole; the same examples each time. `make to
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -37,7 +38,7 @@ from sddit.data.prepare import make_shards
 from sddit.data.shards import Shards, write_shards
 from sddit.data.vae import Vae
 from sddit.describe import describe
-from sddit.errors import SdditError
+from sddit.errors import SdditError, UsageError
 from sddit.metrics.features import get_extractor
 from sddit.metrics.reference import build_reference, open_reference
 from sddit.training.store import CheckpointStore
@@ -61,24 +62,25 @@ class Bomb:
 
 def bombs(name: str) -> bytes:
     """A pickle where a file of this kind might hold one."""
+    file, array = io.BytesIO(), np.array([Bomb()], dtype=object)
     if name.endswith(".npy"):
-        array = np.empty(1, dtype=object)
-        array[0] = Bomb()
-        path = Path("bomb.npy")
-        np.save(path, array, allow_pickle=True)
+        np.save(file, array)
     elif name.endswith(".npz"):
-        array = np.empty(1, dtype=object)
-        array[0] = Bomb()
-        path = Path("bomb.npz")
-        np.savez(path, arr_0=array, mu=array, images=array, about=array)
+        np.savez(file, arr_0=array, mu=array, images=array, about=array)
     elif name.endswith((".pt", ".safetensors")):
-        path = Path("bomb.pt")
-        torch.save({"model": Bomb()}, path)
+        torch.save({"model": Bomb()}, file)
     else:
-        return pickle.dumps(Bomb())
-    content = path.read_bytes()
-    path.unlink()
-    return content
+        pickle.dump(Bomb(), file)
+    return file.getvalue()
+
+
+def test_the_bombs_are_live(here):
+    """Read with the pickles that nothing here allows: else what damage proves would be nothing."""
+    for name, load in (("a.npy", lambda f: np.load(f, allow_pickle=True)), ("a.json", pickle.load),
+                       ("a.npz", lambda f: np.load(f, allow_pickle=True)["mu"]),
+                       ("a.pt", lambda f: torch.load(f, weights_only=False))):  # fmt: skip
+        load(io.BytesIO(bombs(name)))
+        Path("unpickled").rmdir()
 
 
 def paths_in(value, prefix=()):
@@ -295,6 +297,16 @@ def test_a_damaged_file_is_a_message(name, count, here, monkeypatch):
         assert {path.name for path in (here / "work").iterdir()} <= {"damaged", "prepared", "imported"}
 
     check()
+
+
+def test_a_checkpoint_names_no_code_that_is_run(here):
+    write_checkpoint(here)
+    manifest = here / "step-1" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["values"]["experiment"]["eval"]["extractor"] = "somebodys_module:Class"
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="names the extractor somebodys_module:Class, which is code outside"):
+        sddit.api.diagnose(here / "step-1", ["seeds"])
 
 
 # ------------------------------------------------------------------------------------------------- settings and flags
