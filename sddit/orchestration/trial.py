@@ -51,10 +51,16 @@ def train_on_workers(config: dict[str, Any]) -> dict[str, Any] | None:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less; spot nodes need it
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = "120"
     os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
+    import ray
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal import constants
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    # What frees the workers of a cell that was stopped asks for the cluster by this name, and fails where a second
+    # one runs on the machine: the next cell would wait for ever.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     per_worker = config["per_worker"]
     trainer = TorchTrainer(
         _worker,

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
@@ -12,13 +13,15 @@ ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{}</Code><Message>{}
 
 @contextlib.contextmanager
 def s3():
-    """A server with an empty bucket; gives a boto3 client of it."""
+    """A server with an empty bucket; gives a boto3 client of it. What an earlier server of this process held is
+    gone: a sweep would go on from its checkpoints."""
     import boto3
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     environment = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "testing",
