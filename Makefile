@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+SEEDS ?= 0-4
 
 .DEFAULT_GOAL := help
 # Tests and benchmarks side by side would fight for the cores and spoil each other's timings.
@@ -25,8 +26,9 @@ test: setup ## the fast tests
 test-slow: setup ## the other tests: clusters, faults, a browser
 	$(VENV_PYTHON) -m pytest -m "slow and not torture"
 
-torture: setup ## what repeats slow tests at length: random kills, stopped cells, outages that last
+torture: setup ## what repeats slow tests at length: random kills, stopped cells, outages that last; SEEDS=0-49
 	$(VENV_PYTHON) -m pytest -m torture
+	$(VENV_PYTHON) tests/torture/faults.py --seeds $(SEEDS)
 
 lint: setup ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check

@@ -198,7 +198,9 @@ def connect(*, dashboard: bool) -> str:
                 )  # fmt: skip
             else:
                 ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except SdditError:
+        raise
+    except Exception as error:  # Ray raises its bare class where it does not come up in time
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"No Ray cluster answers at RAY_ADDRESS={address}" if address else "Ray did not start on this machine"
         do = "Start it with `ray start --head`, or unset RAY_ADDRESS." if address else "Is the machine overloaded?"
@@ -228,6 +230,14 @@ def alive() -> list[Node]:
     import ray
 
     return [_node(n["Resources"]) for n in ray.nodes() if n["Alive"]]
+
+
+def has_this_node() -> bool:
+    """Whether the node through which this process is connected lives: all that it started goes with it."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return any(n["Alive"] for n in ray.nodes() if n["NodeID"] == here)
 
 
 def _node(resources: Mapping[str, float], gpu_memory: float = 0.0) -> Node:

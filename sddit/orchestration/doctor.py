@@ -188,7 +188,8 @@ def _ask_nodes(need: Need) -> dict[str, dict[str, Any]]:
     for reference, name in waiting.items():
         ray.cancel(reference, force=True)
         answers[name] = {"error": f"no answer within {ANSWER_SECONDS:.0f} s"}
-    return {name: answers[name] for name in names.values()}
+    alive_now = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one that went away meanwhile is no problem
+    return {name: answers[name] for node, name in names.items() if node in alive_now or "error" not in answers[name]}
 
 
 def _names(alive: Sequence[Mapping[str, Any]]) -> dict[str, str]:

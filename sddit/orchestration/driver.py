@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
@@ -59,6 +60,7 @@ class Driver:
         self.console = console
         self.stopping = False  # the budget is used: running cells stop after a checkpoint, and none is started
         self.stop_asked = False
+        self.without_node = False  # Ray's process on this machine is gone, and Tune would wait for ever
         self.kept_spent = time.monotonic()  # when the device-hours were last kept in the record
         self.scratch = tempfile.mkdtemp(prefix="sddit-")  # Tune's and Train's own files, which nothing relies on
         rows = [_row(p, waiting=p in missing) for p in planned]
@@ -131,6 +133,11 @@ class Driver:
             for row in self.progress.rows:
                 if row.identity in self.handed_out and row.run_id:
                     self.record.interrupt_cell(row.run_id)
+            if self.without_node:
+                raise SdditError(
+                    "Ray's own process on this machine (raylet) has died: was it killed, or is memory short? "
+                    f"See {self.logs}. What was reached is kept; the same command goes on."
+                ) from None
             raise
         except tune.TuneError as error:  # around what our own part raised, such as an outage of the record
             if isinstance(error.__context__, SdditError):
@@ -259,6 +266,9 @@ class Driver:
             self.stop_asked = True
         if time.monotonic() - self.kept_spent > KEEP_SECONDS:
             self._keep_spent()
+        if not self.without_node and not cluster.has_this_node():
+            self.without_node = True
+            _thread.interrupt_main()
         # What is left of a cluster may be too small for one cell, which then waits for nodes.
         self.limit = self.progress.concurrent = max(1, self.placement.cells_on(cluster.alive()))
 

@@ -61,12 +61,14 @@ class MlflowServer:
 
 
 class Door:
-    """A port of its own that leads to another; while it is shut, connections are refused and open ones end."""
+    """A port of its own that leads to another; while it is shut, connections are refused and open ones end. Each piece
+    of data takes `delay` seconds."""
 
     def __init__(self, host, port):
         self.target = (host, port)
         self.port = free_port()
         self.joined = set()
+        self.delay = 0.0
         self.open()
 
     def open(self):
@@ -94,6 +96,7 @@ class Door:
     def _carry(self, source, sink):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                time.sleep(self.delay)
                 sink.sendall(data)
         for end in (source, sink):
             self.joined.discard(end)
