@@ -1,6 +1,6 @@
 """``make bench``: every benchmark on this machine, written to RESULTS.md. Compare figures of one run only.
 
-python -m benchmarks                        # all (some ten minutes on two cores)
+python -m benchmarks                        # all (most of an hour on two cores)
 python -m benchmarks step_cost              # one, printed
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from sddit.orchestration.speed import processor
 from sddit.tracking import code_revision
 
-BENCHMARKS = ("overhead", "step_cost", "reading", "data", "prepare")
+BENCHMARKS = ("overhead", "step_cost", "training", "reading", "data", "prepare", "sampling", "scoring", "checkpoints")
 OUT = Path(__file__).with_name("RESULTS.md")
 
 

@@ -55,7 +55,9 @@ class Tally:
     def kept(self) -> np.ndarray:
         """The features seen so far, float32 (n, d), in order."""
         assert self.features is not None
-        return np.concatenate([np.empty((0, self.extractor.dim), dtype=np.float32), *self.features])
+        if len(self.features) != 1:  # joined once, so that they are not held twice
+            self.features = [np.concatenate([np.empty((0, self.extractor.dim), dtype=np.float32), *self.features])]
+        return self.features[0]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """All of it, to be gathered."""

@@ -178,7 +178,8 @@ def precision_and_recall(samples: Tensor, real: Tensor, block: int = 1000) -> tu
     torch-fidelity's, on features float32 (n, d) and (m, d), on their device. ADM rounds the distances to float16 first,
     which moves the third digit (methods.md §11.2).
 
-    Memory beyond the features: distances of `block` points at once, 4 · block · max(n, m) bytes on the CPU.
+    Memory beyond the features, on the CPU: some 17 · block · max(n, m) bytes, of the distances of `block` points
+    at once and their sorting (measured: 0.83 GB for 50,000 and 10,000).
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
