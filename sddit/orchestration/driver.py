@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import json
 import os
@@ -133,11 +132,6 @@ class Driver:
             for row in self.progress.rows:
                 if row.identity in self.handed_out and row.run_id:
                     self.record.interrupt_cell(row.run_id)
-            if self.without_node:
-                raise SdditError(
-                    "Ray's own process on this machine (raylet) has died: was it killed, or is memory short? "
-                    f"See {self.logs}. What was reached is kept; the same command goes on."
-                ) from None
             raise
         except tune.TuneError as error:  # around what our own part raised, such as an outage of the record
             if isinstance(error.__context__, SdditError):
@@ -266,9 +260,7 @@ class Driver:
             self.stop_asked = True
         if time.monotonic() - self.kept_spent > KEEP_SECONDS:
             self._keep_spent()
-        if not self.without_node and not cluster.has_this_node():
-            self.without_node = True
-            _thread.interrupt_main()
+        self.without_node = self.without_node or not cluster.has_this_node()
         # What is left of a cluster may be too small for one cell, which then waits for nodes.
         self.limit = self.progress.concurrent = max(1, self.placement.cells_on(cluster.alive()))
 
@@ -323,6 +315,13 @@ class Watcher(tune.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks; nothing restores them
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if self.driver.without_node:
+            raise SdditError(
+                "Ray's own process on this machine (raylet) has died: was it killed, or is memory short? "
+                f"See {self.driver.logs}. What was reached is kept; the same command goes on."
+            )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.driver.started(trial.config["identity"])

@@ -66,7 +66,7 @@ def workers_of(running):
     return [p for p in children if "train_in_process" in " ".join(p.cmdline()) or "ray::" in p.name()]
 
 
-@pytest.mark.parametrize("after", [40, 120])
+@pytest.mark.parametrize("after", [pytest.param(40, marks=pytest.mark.torture), 120])
 def test_the_driver_is_killed(after, undisturbed, tmp_path):
     running = Running(*command(), cwd=tmp_path)
     running.wait_for_step(after)
@@ -169,7 +169,7 @@ def test_two_sweeps_at_once_lose_nothing_and_one_name_has_one_driver(undisturbed
     points(tmp_path)
 
 
-@pytest.mark.parametrize("damaged", [1, 2], ids=["newest", "all"])
+@pytest.mark.parametrize("damaged", [pytest.param(1, marks=pytest.mark.torture), 2], ids=["newest", "all"])
 def test_corrupt_checkpoints_are_passed_over(damaged, undisturbed, tmp_path):
     running = Running(*command(), cwd=tmp_path)
     running.wait_for_step(120)
