@@ -557,3 +557,20 @@ def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
 
 
 PORTS: dict[str, type[Port]] = {"dit": Port, "maskdit": MaskDiTPort, "mdt": MDTPort, "sddit": SDDiTPort}
+
+
+def diffusers_dit(experiment: Experiment, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """diffusers' DiT of the experiment's size, untrained."""
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    depth, width, heads = experiment.model.dims
+    return DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        in_channels=shape[0],
+        out_channels=shape[0] * experiment.diffusion.outputs,
+        num_layers=depth,
+        sample_size=shape[1],
+        patch_size=experiment.model.patch,
+        num_embeds_ada_norm=classes,
+    )

@@ -87,21 +87,10 @@ class Diffusers:
     """The loop of `ports.Port` on diffusers' model and average."""
 
     def __init__(self, e: Experiment, shape: tuple[int, int, int], classes: int, device: str) -> None:
-        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
         from diffusers.training_utils import EMAModel
 
-        depth, width, heads = e.model.dims
         self.experiment, self.device = e, device
-        self.model = DiTTransformer2DModel(
-            num_attention_heads=heads,
-            attention_head_dim=width // heads,
-            in_channels=shape[0],
-            out_channels=shape[0] * e.diffusion.outputs,
-            num_layers=depth,
-            sample_size=shape[1],
-            patch_size=e.model.patch,
-            num_embeds_ada_norm=classes,  # its embedders drop labels themselves, one in ten
-        )
+        self.model = ports.diffusers_dit(e, shape, classes)  # its embedders drop labels themselves, one in ten
         self.model.to(device).train()
         self.ema = EMAModel(self.model.parameters(), decay=ports.EMA_DECAY)
         self.iddpm = ports.IDDPM(e.diffusion).to(device)
