@@ -10,7 +10,6 @@ import hashlib
 import math
 
 import numpy as np
-from scipy.special import ndtri
 
 _WORDS = 4  # uint64 words that one Philox counter value gives
 
@@ -26,6 +25,8 @@ def uniform(seed: int, stream: str, step: int, lo: int, hi: int, shape: tuple[in
 
 def normal(seed: int, stream: str, step: int, lo: int, hi: int, shape: tuple[int, ...] = ()) -> np.ndarray:
     """Standard normal draws, float32, (hi - lo, *shape): the inverse distribution function of `uniform`."""
+    from scipy.special import ndtri
+
     return ndtri(uniform(seed, stream, step, lo, hi, shape)).astype(np.float32)
 
 

@@ -1,7 +1,7 @@
 """The feature network of the `digits` preset: a small classifier of 8×8 grey digits that ships with the package.
 
 Its 64 features make an FID that is comparable with itself only; it is labelled 'digits-cnn', never as an Inception
-FID. It is an extractor in torch-fidelity's sense, so it also works with `torch_fidelity.register_feature_extractor`.
+FID. It has the interface of torch-fidelity's extractors but not their base class, whose import takes seconds.
 
     python -m sddit.metrics.digits_cnn     # trains it anew (seconds) and writes the two files beside this one
 
@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from sddit import seeding
 from sddit.data import open_manifest
@@ -31,7 +30,7 @@ CARD = Path(__file__).with_suffix(".json")  # how the weights were trained, and 
 NUM_TEST = 360  # of 1,797
 
 
-class DigitsCNN(FeatureExtractorBase):
+class DigitsCNN(nn.Module):
     """Two convolutions, a layer of 64 features (after its SiLU), ten logits: 38,218 parameters.
 
     Without `weights`, those that ship with the package are loaded.
@@ -40,7 +39,8 @@ class DigitsCNN(FeatureExtractorBase):
     def __init__(
         self, name: str, features_list: list[str], weights: dict[str, Tensor] | None = None, **kwargs: object
     ) -> None:
-        super().__init__(name, features_list)
+        super().__init__()
+        self.name, self.features_list = name, features_list
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.hidden = nn.Linear(32 * 4 * 4, 64)
@@ -76,10 +76,6 @@ class DigitsCNN(FeatureExtractorBase):
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return {"isc": "logits", "fid": "64", "kid": "64", "prc": "64"}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return True
 
     @staticmethod
     def get_dummy_input_for_compile() -> Tensor:

@@ -28,6 +28,7 @@ NESTED_BYTES = int(2.1e9)
 CUDA_BYTES = int(1.5e9)  # of a process on a GPU, beside its tensors: context, kernels, workspaces
 GPU_SHARE = 0.8  # of a GPU's memory that predictions may fill
 MAX_SHARING = 4  # cells on one GPU: beyond it they slow each other as much as they gain
+CELL_MODULES = "ray.tune,mlflow.entities,sddit.training.diagnostics"
 ANSWER_SECONDS = 5.0  # for a cluster's head to accept a connection
 # What processes on other nodes must know too. Never secrets: Ray writes these into its logs on every node. Nor
 # OMP_NUM_THREADS: `ray exec` sets it to 1 for every command, and a cell sets its threads itself.
@@ -171,13 +172,15 @@ def _has_token() -> bool:
         return False
 
 
-def connect(*, dashboard: bool) -> str:
+def connect(*, dashboard: bool, cell_threads: int | None = None) -> str:
     """Joins the cluster of `RAY_ADDRESS`, or starts one on this machine. Returns where its logs lie.
 
     Code is never shipped: on one machine workers run the driver's, and on a cluster the nodes have the project at the
     same path, which the doctor and every cell check. What is in `PASSED_ON` goes along, once for the whole job.
 
-    `dashboard` is for a cluster started here: nested trials stopped early need it to give their workers back.
+    `dashboard` is for a cluster started here: nested trials stopped early need it to give their workers back. So is
+    `cell_threads`, of cells that train in their trial's process: Ray starts a process for each CPU, which then imports
+    what such a cell needs while the driver goes on.
 
     Raises:
         SdditError: no cluster answers, or it wants another token.
@@ -197,6 +200,12 @@ def connect(*, dashboard: bool) -> str:
                     address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR
                 )  # fmt: skip
             else:
+                if cell_threads:
+                    os.environ |= {
+                        "OMP_NUM_THREADS": str(cell_threads),  # read at import
+                        "RAY_preload_python_modules": CELL_MODULES,
+                        "RAY_idle_worker_killing_time_threshold_ms": "600000",  # they wait for the first trials
+                    }
                 ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except SdditError:
         raise

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 GB = 1e9
 KEEP_SECONDS = 60.0
-# Tune would send the driver's AWS keys to the trials, in an environment that Ray writes into its logs.
-class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
+# Tune would send the driver's AWS keys to the trials, in an environment that Ray writes into its logs. Without one of
+# their own, the first trials also get the processes that Ray has started already.
+class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
 
 
 class Driver:

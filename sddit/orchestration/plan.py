@@ -8,9 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from sddit import cost, presets
 from sddit.config import FRESH_SEED, METHOD_CONFIGS, Experiment, flatten
@@ -18,7 +16,9 @@ from sddit.data import DATASETS, open_manifest
 from sddit.data.manifest import Manifest
 from sddit.errors import UsageError, did_you_mean
 from sddit.metrics.reference import content_digest
-from sddit.results import AXIS_TAG, parse_param
+
+if TYPE_CHECKING:  # a second to import, and Ray starts before it is needed
+    import pandas as pd
 
 Settings = dict[str, Any]  # dotted field → value
 Point = dict[str, Any]  # axis → value; where Optuna draws fields of its own choice, what it drew, by name
@@ -155,6 +155,8 @@ class Cell:
     @property
     def tags(self) -> dict[str, str]:
         """Its point and what else a figure cannot know, as tags of its run."""
+        from sddit.results import AXIS_TAG
+
         text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.point.items()}
         flops = cost.sampling_flops_per_image(self.experiment, self.manifest.shape)
         return {f"{AXIS_TAG}{k}": v for k, v in text.items()} | {"sddit.sampling_flops": f"{flops:.6g}"}
@@ -307,6 +309,8 @@ def refuse_other_base(
 
 def point_of(row: Mapping[Any, Any], axes: Iterable[str]) -> Point:
     """A recorded cell's point (a row of `sddit.results.load_cells`); from its params where it has no such tags."""
+    from sddit.results import AXIS_TAG, parse_param
+
     tags = {k.removeprefix(AXIS_TAG): v for k, v in row["tags"].items() if k.startswith(AXIS_TAG)}
     if tags:
         return {k: parse_param(k, v) for k, v in tags.items()}

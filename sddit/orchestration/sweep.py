@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pandas as pd
 import tyro
 from rich.console import Console
 
@@ -254,7 +253,6 @@ def _chosen(axis: str, declared: list[Any] | dict[str, Settings], value: Any) ->
 
 def run(sweep: Sweep, flags: Flags) -> int:
     """Runs what is missing of a sweep. Returns the exit status."""
-    from sddit.orchestration import finish
     from sddit.orchestration.speed import Speeds
 
     check_environment()
@@ -264,12 +262,10 @@ def run(sweep: Sweep, flags: Flags) -> int:
     if flags.plan:
         show_plan(job, look_up(job), console)
         return 0
-    if job.uri.startswith("sqlite:///") and not Path(job.uri.removeprefix("sqlite:///")).exists():
-        # Nothing is recorded, so everything is to be run: Ray starts while the record's tables are made.
-        with ThreadPoolExecutor(1) as pool:
-            opening = pool.submit(open_client, job.uri)
-            _connect(job)
-            opening.result()
+    with ThreadPoolExecutor(1) as pool:  # Ray's start is mostly waiting
+        opening = pool.submit(open_client, job.uri)
+        _connect(job)
+        opening.result()
     record = SweepRecord(job.uri, job.name, question=sweep.question)
     owner = record.claim()
     status = owner.status_before  # a refused command leaves the sweep as it was
@@ -278,6 +274,8 @@ def run(sweep: Sweep, flags: Flags) -> int:
         status = "FAILED"
         _describe(job, record)
         failed, left = _run_missing(job, record, owner, planned, Speeds(), console)
+        from sddit.orchestration import finish  # imports pandas, for which Ray's start need not wait
+
         finish.finish(job, record, console)
         status = "KILLED" if left else "FINISHED"
     except KeyboardInterrupt:
@@ -311,6 +309,8 @@ def look_up(job: Job, record: SweepRecord | None = None) -> list[Planned]:
         UsageError: the name stands for another base.
         TrackingError: the record cannot be read.
     """
+    import pandas as pd
+
     from sddit import results
 
     flags, recorded, parent = job.flags, pd.DataFrame(columns=results.CELL_COLUMNS), {}
@@ -481,8 +481,13 @@ def _place(job: Job, nodes: Sequence[cluster.Node], cells: int) -> cluster.Place
 
 
 def _connect(job: Job) -> str:
+    resources = job.base.resources
+    in_trial = resources.workers == 1 and not cluster.this_machine().gpus
     # Nested cells that are stopped early need the dashboard to give their workers back (ray.md §4).
-    return cluster.connect(dashboard=job.base.resources.workers > 1 and job.flags.asha)
+    return cluster.connect(
+        dashboard=resources.workers > 1 and job.flags.asha,
+        cell_threads=resources.cpus_per_worker if in_trial else None,
+    )
 
 
 def _say_failed_before(planned: Sequence[Planned], flags: Flags, console: Console) -> None:

@@ -75,7 +75,15 @@ def test_every_score_by_an_independent_formula(real):
 
 
 def test_equal_to_torch_fidelity_from_images_to_score(real):
-    torch_fidelity.register_feature_extractor("sddit-digits-cnn", digits_cnn.DigitsCNN)
+    class Registered(torch_fidelity.FeatureExtractorBase):
+        def __init__(self, name, features_list, **options):
+            super().__init__(name, features_list)
+            self.forward = digits_cnn.DigitsCNN(name, features_list).forward
+
+        get_provided_features_list = staticmethod(digits_cnn.DigitsCNN.get_provided_features_list)
+        get_default_feature_layer_for_metric = staticmethod(digits_cnn.DigitsCNN.get_default_feature_layer_for_metric)
+
+    torch_fidelity.register_feature_extractor("sddit-digits-cnn", Registered)
 
     class Folder(torch.utils.data.Dataset):
         def __init__(self, images):
