@@ -14,7 +14,8 @@ from pathlib import Path
 from sddit.orchestration.speed import processor
 from sddit.tracking import code_revision
 
-BENCHMARKS = ("overhead", "step_cost", "training", "reading", "data", "prepare", "sampling", "scoring", "checkpoints")
+BENCHMARKS = ("overhead", "step_cost", "training", "reading", "data", "prepare", "sampling", "scoring", "checkpoints",
+              "growth")  # fmt: skip
 OUT = Path(__file__).with_name("RESULTS.md")
 
 

@@ -8,6 +8,7 @@ one over, the start of processes and their imports within.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import re
 import resource
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,8 @@ def train(experiment: Experiment, folder: Path) -> str:
     from sddit.training import diagnostics, loop
     from sddit.training.store import CheckpointStore
 
+    warnings.simplefilter("ignore")
+    logging.disable()
     torch.set_num_threads(experiment.resources.cpus_per_worker)
     device, manifest = torch.device("cpu"), open_manifest(experiment.data.path)
     metrics = diagnostics.metrics_of(experiment)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sqlite3
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -262,10 +264,11 @@ def run(sweep: Sweep, flags: Flags) -> int:
     if flags.plan:
         show_plan(job, look_up(job), console)
         return 0
-    with ThreadPoolExecutor(1) as pool:  # Ray's start is mostly waiting
-        opening = pool.submit(open_client, job.uri)
-        _connect(job)
-        opening.result()
+    if _seems_unfinished(job):  # Ray starts while the client of the record does
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(open_client, job.uri)
+            _connect(job)
+            opening.result()
     record = SweepRecord(job.uri, job.name, question=sweep.question)
     owner = record.claim()
     status = owner.status_before  # a refused command leaves the sweep as it was
@@ -285,6 +288,22 @@ def run(sweep: Sweep, flags: Flags) -> int:
     finally:
         owner.release(status)
     return 1 if failed else 0
+
+
+def _seems_unfinished(job: Job) -> bool:
+    """Whether a look into a sqlite file finds cells of the grid that are not over, in milliseconds and for no more than
+    to start Ray early: `look_up` decides."""
+    path = Path(job.uri.removeprefix("sqlite:///"))
+    if not job.uri.startswith("sqlite:///") or not path.exists():
+        return job.uri.startswith("sqlite:///")
+    over = (
+        "SELECT cell.value FROM tags cell JOIN tags state USING (run_uuid) WHERE cell.key = 'sddit.identity' "
+        "AND state.key = 'sddit.state' AND state.value != 'running'"
+    )
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=1)) as record:
+        known = {identity for (identity,) in record.execute(over)}
+        return any(cell.identity not in known for cell in job.cells)
+    return False
 
 
 def check_inputs(job: Job) -> None:
