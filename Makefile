@@ -24,7 +24,7 @@ test: setup ## the fast tests
 	$(VENV_PYTHON) -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup ## the other tests: clusters, faults, a browser
-	$(VENV_PYTHON) -m pytest -m "slow and not torture"
+	$(VENV_PYTHON) -m pytest -m "slow and not torture" --durations=20
 
 torture: setup ## what repeats slow tests at length: random kills, stopped cells, outages that last; SEEDS=0-49
 	$(VENV_PYTHON) -m pytest -m torture

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks import overhead
 from sddit import results
@@ -138,8 +139,11 @@ def draw(growths: list[Growth]) -> Figure:
     for axes, growth in zip(figure.subplots(1, len(growths)), growths, strict=True):
         for name, values in growth.lines.items():
             axes.plot(growth.counts, values, "o-", label=f"{name}: b = {growth.exponent(name):.2f}")
+        values = np.concatenate(list(growth.lines.values()))
         axes.set(xscale="log", yscale="log", xlabel=growth.of, ylabel=growth.unit)
+        axes.set(ylim=(values.min() / 2, values.max() * 3))
         axes.set_xticks(growth.counts, [str(count) for count in growth.counts])
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
         axes.minorticks_off()
         axes.legend(fontsize=7)
     return figure

@@ -137,7 +137,6 @@ def _own_settings(threads: int) -> Iterator[None]:
     reaches the next."""
     import torch
 
-    _set_imports_aside()
     # A cell before this one may have been ended from outside, its tensors still held by what ended it.
     _free_memory()
     before, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -149,14 +148,6 @@ def _own_settings(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
         torch.set_default_dtype(dtype)
         _free_memory()
-
-
-@functools.cache
-def _set_imports_aside() -> None:
-    """What looks for garbage around a cell need not look at what was imported, which is most of what Python holds."""
-    import torch._dynamo  # noqa: F401 - by torch.optim at its first step, if not here
-
-    gc.freeze()
 
 
 def _free_memory() -> None:

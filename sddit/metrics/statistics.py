@@ -169,14 +169,16 @@ def frechet_distance(
             f"Statistics of width {len(mean_1)} cannot be compared with a reference of width {len(mean_2)}. "
             "Make both with the same extractor."
         )
+    means = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
+    covariances = np.asarray(covariance_1, np.float64), np.asarray(covariance_2, np.float64)
     try:
-        eigenvalues = eigh(covariance_1, covariance_2, eigvals_only=True, type=2, driver="gv")
+        eigenvalues = eigh(*covariances, eigvals_only=True, type=2, driver="gv")
     except np.linalg.LinAlgError:
-        squares, vectors = eigh(covariance_2)
+        squares, vectors = eigh(covariances[1])
         root = vectors * np.sqrt(squares.clip(min=0))
-        eigenvalues = eigh(root.T @ covariance_1 @ root, eigvals_only=True)
+        eigenvalues = eigh(root.T @ covariances[0] @ root, eigvals_only=True)
     trace = np.sqrt(eigenvalues.clip(min=0)).sum()  # rounding may leave a zero below it
-    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1) + np.trace(covariance_2) - 2 * trace)
+    return float(((means[0] - means[1]) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * trace)
 
 
 def precision_and_recall(samples: Tensor, real: Tensor, block: int = 1000) -> tuple[float, float]:

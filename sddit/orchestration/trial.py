@@ -6,6 +6,8 @@ nested cells never need.
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -35,12 +37,21 @@ def train_in_process(config: dict[str, Any]) -> dict[str, Any] | None:
 
     os.environ["OMP_NUM_THREADS"] = str(config["per_worker"]["CPU"])
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(UNWIND_SECONDS)  # else the next cell is lost (ray.md §4)
+    _set_imports_aside()
     try:
         _run(config, tune.report, "cuda:0" if config["per_worker"].get("GPU") else "cpu")
     except SdditError as error:
         log.error("%s", error)
         return _ended_by(str(error), isinstance(error, OUTAGES))
     return None  # Tune would take anything else for one more report
+
+
+@functools.cache
+def _set_imports_aside() -> None:
+    """What looks for garbage around each cell need not look at what was imported: most of what this process holds."""
+    import torch._dynamo  # noqa: F401 - by torch.optim at its first step, if not here
+
+    gc.freeze()
 
 
 def train_on_workers(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def test_the_driver_is_killed(after, undisturbed, tmp_path):
 
 
 # Seeds of random moments and victims.
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(3, 20))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(1, 20))])
 def test_a_kill_at_a_random_moment_changes_nothing(seed, undisturbed, tmp_path):
     draw = random.Random(seed)
     running = Running(*command(), cwd=tmp_path)
