@@ -60,6 +60,7 @@ class Driver:
         self.console = console
         self.stopping = False  # the budget is used: running cells stop after a checkpoint, and none is started
         self.stop_asked = False
+        self.over_limit = False  # whether it was said that --max-disk-gb cannot be kept
         self.without_node = False  # Ray's process on this machine is gone, and Tune would wait for ever
         self.kept_spent = time.monotonic()  # when the device-hours were last kept in the record
         self.scratch = tempfile.mkdtemp(prefix="sddit-")  # Tune's and Train's own files, which nothing relies on
@@ -306,6 +307,12 @@ class Driver:
                 total -= freed
                 row.note = "slimmed: can be sampled, not extended"
                 self.progress.say(row)
+        if total > limit and not self.over_limit:
+            self.over_limit = True
+            self.console.print(
+                f"--max-disk-gb {limit / GB:g} cannot be kept: checkpoints take {total / GB:.2g} GB, though all done "
+                "cells are slimmed to what sampling needs."
+            )
 
 
 class Watcher(tune.Callback):
