@@ -430,7 +430,7 @@ def main():
     parser.add_argument("--keep", type=Path, help="a folder in which everything is left")
     options = parser.parse_args()
     parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part).groups() for part in options.seeds.split(",")]
-    seeds = [seed for first, last in parts for seed in range(int(first), int(last or first) + 1)]
+    seeds = list(dict.fromkeys(s for first, last in parts for s in range(int(first), int(last or first) + 1)))
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's requests
     about = {"revision": code_revision(), "source": source_digest()}
