@@ -1,6 +1,6 @@
 """``make bench``: every benchmark on this machine, written to RESULTS.md. Compare figures of one run only.
 
-python -m benchmarks                        # all (70 minutes on two cores)
+python -m benchmarks                        # all (more than an hour on two cores)
 python -m benchmarks step_cost              # one, printed
 """
 

@@ -2,7 +2,7 @@
 
 `CheckpointStore.save` is synchronous: rank 0 writes, all wait. Measured with the whole training state of SD-DiT-S/2, to
 a local disk and without a sync, beside `torch.save` and a copy of as many bytes; computed for XL/2, and for a storage
-of 1 GB/s, where the digest comes on top, as measured here. Steps take their multiply-adds at 40% of an H100's
+of 1 GB/s, beside which the digest is made, as measured here. Steps take their multiply-adds at 40% of an H100's
 989 TFLOP/s. What a GPU needs to hand over the tensors is left out.
 """
 

@@ -68,7 +68,7 @@ def by_trials() -> Growth:
 
 
 def by_nodes() -> Growth:
-    """Seconds from the command to the first cell handed out, and of overhead a cell."""
+    """Seconds from the command to the first training step, and of overhead a cell."""
     sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
     from nodes import Nodes  # type: ignore[import-not-found]
 
@@ -123,8 +123,9 @@ def fill(folder: Path, flags: list[str], seeds: int) -> None:
         points[ratio] = [m for key in row["metrics"] for m in client.get_metric_history(row["run_id"], key)]
         tags[ratio] = [RunTag(k, v) for k, v in row["tags"].items() if k.startswith(("sddit.protocol", "sddit.noise"))]
         tags[ratio] += [RunTag("sddit.step", "3"), RunTag("sddit.reference_images", "1797")]
+    there = set(known["identity"])
     for cell in job.cells:
-        if cell.identity not in set(known["identity"]):
+        if cell.identity not in there:
             run = record.start_cell(
                 cell.experiment, identity=cell.identity, data_digest=cell.manifest.digest, label=cell.run_label,
                 run_id=None, more_tags=cell.tags,

@@ -28,6 +28,7 @@ NESTED_BYTES = int(2.1e9)
 CUDA_BYTES = int(1.5e9)  # of a process on a GPU, beside its tensors: context, kernels, workspaces
 GPU_SHARE = 0.8  # of a GPU's memory that predictions may fill
 MAX_SHARING = 4  # cells on one GPU: beyond it they slow each other as much as they gain
+PRELOADED_CPUS = 8  # of a machine at most: a process for each CPU of a large one would take memory that cells need
 CELL_MODULES = "ray.tune,mlflow.entities,sddit.training.diagnostics"
 ANSWER_SECONDS = 5.0  # for a cluster's head to accept a connection
 # What processes on other nodes must know too. Never secrets: Ray writes these into its logs on every node. Nor

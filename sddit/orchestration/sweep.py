@@ -293,9 +293,11 @@ def run(sweep: Sweep, flags: Flags) -> int:
 def _seems_unfinished(job: Job) -> bool:
     """Whether a look into a sqlite file finds cells of the grid that are not over, in milliseconds and for no more than
     to start Ray early: `look_up` decides."""
+    if not job.uri.startswith("sqlite:///"):
+        return False
     path = Path(job.uri.removeprefix("sqlite:///"))
-    if not job.uri.startswith("sqlite:///") or not path.exists():
-        return job.uri.startswith("sqlite:///")
+    if not path.exists():
+        return True
     over = (
         "SELECT cell.value FROM tags cell JOIN tags state USING (run_uuid) WHERE cell.key = 'sddit.identity' "
         "AND state.key = 'sddit.state' AND state.value != 'running'"
@@ -500,12 +502,12 @@ def _place(job: Job, nodes: Sequence[cluster.Node], cells: int) -> cluster.Place
 
 
 def _connect(job: Job) -> str:
-    resources = job.base.resources
-    in_trial = resources.workers == 1 and not cluster.this_machine().gpus
+    resources, here = job.base.resources, cluster.this_machine()
+    preload = resources.workers == 1 and not here.gpus and here.cpus <= cluster.PRELOADED_CPUS
     # Nested cells that are stopped early need the dashboard to give their workers back (ray.md §4).
     return cluster.connect(
         dashboard=resources.workers > 1 and job.flags.asha,
-        cell_threads=resources.cpus_per_worker if in_trial else None,
+        cell_threads=resources.cpus_per_worker if preload else None,
     )
 
 

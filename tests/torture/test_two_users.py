@@ -14,8 +14,8 @@ EVERY, STEPS = 40, 80
 OTHER_MACHINE = "import socket\nsocket.gethostname = lambda: 'other'\n"
 
 
-@pytest.mark.parametrize("apart", [0.0, 10.0], ids=["at once", "one after the other"])
-def test_of_two_sweeps_with_one_name_one_runs_and_the_other_is_refused(apart, tmp_path):
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "while one trains"])
+def test_of_two_sweeps_with_one_name_one_runs_and_the_other_is_refused(later, tmp_path):
     site, users = tmp_path / "site", [tmp_path / "one", tmp_path / "other"]
     for folder in (site, *users):
         folder.mkdir()
@@ -32,7 +32,7 @@ def test_of_two_sweeps_with_one_name_one_runs_and_the_other_is_refused(apart, tm
                 return Running(MASK_RATIO, *flags, cwd=folder, **nodes.environment, **env)
 
             one = start(users[0])
-            if apart:
+            if later:
                 one.wait_for_step(EVERY)
             other = start(users[1], PYTHONPATH=str(site))
             endings = {one.wait(300): one, other.wait(300): other}
