@@ -158,8 +158,9 @@ def _as_tracking_error(what: str) -> Iterator[None]:
         raise TrackingError(f"{what}: {_first_line(error)}.") from None  # whose text may hold a password
 
 
-def _patiently(what: str, call: Callable[[], T]) -> T:
-    """The call's answer, asked for again while the store does not answer: an outage of minutes must not end a cell.
+def _patiently(what: str, call: Callable[[], T], seconds: float | None = None) -> T:
+    """The call's answer, asked for again while the store does not answer: an outage of minutes must not end a cell, nor
+    a sweep. How long is for `seconds` to say (None: `PATIENCE_SECONDS`).
 
     Raises:
         TrackingError: it lasted longer, or the store refuses the call.
@@ -171,7 +172,7 @@ def _patiently(what: str, call: Callable[[], T]) -> T:
 
     failures = (MlflowException, OSError)  # the latter of the client that asks for artifacts
     try:
-        return patiently(call, what, passes=passes)
+        return patiently(call, what, seconds=seconds, passes=passes)
     except failures as error:
         raise TrackingError(f"{what}: {_first_line(error)}.") from error
 
@@ -220,8 +221,7 @@ class Owner:
         Raises:
             UsageError: another process has it.
         """
-        with _as_tracking_error(f"{self.what} could not be claimed"):
-            owner = read_owner(self.client, self.run_id)
+        owner = _patiently(f"{self.what} could not be claimed", lambda: read_owner(self.client, self.run_id))
         if owner.get("token") != self.token:
             raise UsageError(
                 f"{self.what} was started by process {owner.get('pid')} on {owner.get('host')} at the same moment. "
@@ -395,31 +395,33 @@ class SweepRecord:
         running = self.client.search_runs([self.experiment_id], "tags.`sddit.state` = 'running'", max_results=5000)
         return {run.info.run_id: int(run.data.tags.get("sddit.step", 0)) for run in running}
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Tags of the parent run; refused when one is too long, since MLflow would cut it in silence."""
+    def set_tags(self, tags: Mapping[str, str], *, seconds: float | None = None) -> None:
+        """Tags of the parent run; refused when one is too long, since MLflow would cut it in silence. An outage is
+        waited for as long as `seconds` (None: `PATIENCE_SECONDS`)."""
         from mlflow.entities import RunTag
 
         for name, value in tags.items():
             if len(value) > 8000:
                 raise TrackingError(f"Tag {name} has {len(value)} characters; MLflow holds 8000.")
-        with _as_tracking_error(f"Tags of sweep {self.sweep!r} could not be set"):
-            self.client.log_batch(self.parent_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        write = functools.partial(self.client.log_batch, self.parent_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        _patiently(f"Tags of sweep {self.sweep!r} could not be set", write, seconds)
 
     def describe(self, question: str, axes: Sequence[str]) -> None:
         """What MLflow's UI shows of the sweep: the question with a link to the report, and a view of its cells."""
         link = f"#/experiments/{self.experiment_id}/runs/{self.parent_id}/artifacts/report.html"
         note = f"{question}\n\n[report.html]({link})"
         self.set_tags({"mlflow.note.content": note})
-        with _as_tracking_error(f"Sweep {self.sweep!r} could not be described"):
-            self.client.set_experiment_tag(self.experiment_id, "mlflow.note.content", note)
-            self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", _view(axes))
+        for tag, value in (("mlflow.note.content", note), (f"mlflow.sharedViewState.{VIEW}", _view(axes))):
+            write = functools.partial(self.client.set_experiment_tag, self.experiment_id, tag, value)
+            _patiently(f"Sweep {self.sweep!r} could not be described", write)
 
     def artifact(self, path: Path, name: str | None = None) -> None:
         """A file on the parent run, under its own name or another; written over when it is there already."""
-        with _as_tracking_error(f"{path} could not be put on the sweep's run"), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             if name and name != path.name:
                 path = Path(shutil.copy(path, Path(folder) / name))
-            self.client.log_artifact(self.parent_id, str(path))
+            write = functools.partial(self.client.log_artifact, self.parent_id, str(path))
+            _patiently(f"{path} could not be put on the sweep's run", write)
 
 
 def _view(axes: Sequence[str]) -> str:

@@ -1,8 +1,11 @@
 """The environment every test runs in. Set on import: pytest reads this file before any test imports ray or mlflow."""
 
+import contextlib
 import os
 import tempfile
 
+import psutil
+import pytest
 from hypothesis import settings
 
 # The first comparison of tensors imports a second's worth of torch, whichever test makes it.
@@ -28,3 +31,19 @@ os.environ.update(
 # A test must not write to the tracking server or the cluster of whoever runs it.
 for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def no_command_is_left():
+    """Of a test that failed in its middle: it would slow those that follow."""
+    from commands import Running
+
+    yield
+    while Running.started:
+        running = Running.started.pop()
+        if running.process.poll() is None:
+            family = running.family()
+            running.kill()
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()

@@ -157,6 +157,37 @@ def test_a_cell_that_is_opened_in_an_outage_has_one_run(sweep, monkeypatch):
     assert sweep.client.get_run(calls[0].info.run_id).data.params
 
 
+@pytest.mark.parametrize(
+    ("method", "write"),
+    [
+        ("log_batch", lambda sweep, owner, file: sweep.set_tags({"sddit.base": "x"})),
+        ("set_experiment_tag", lambda sweep, owner, file: sweep.describe("Why?", ["seed"])),
+        ("log_artifact", lambda sweep, owner, file: sweep.artifact(file)),
+        ("get_run", lambda sweep, owner, file: owner.confirm()),
+    ],
+)
+def test_what_a_sweep_records_of_itself_waits_for_the_end_of_an_outage(sweep, tmp_path, monkeypatch, method, write):
+    from mlflow.exceptions import MlflowException
+
+    owner, file = sweep.claim(), tmp_path / "figure.csv"
+    file.write_text("x")
+    real, calls = getattr(sweep.client, method), []
+
+    def down_at_first(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise MlflowException("no answer")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sweep.client, method, down_at_first)
+    write(sweep, owner, file)
+    assert calls[1] == calls[0]
+    calls.clear()
+    if method == "log_batch":
+        with pytest.raises(TrackingError, match="no answer"):
+            sweep.set_tags({"sddit.base": "x"}, seconds=0)
+
+
 def test_records_that_never_arrive_are_an_error_that_says_where_they_are(uri, run_id, monkeypatch):
     from mlflow.exceptions import MlflowException
 

@@ -207,7 +207,10 @@ def connect(*, dashboard: bool, cell_threads: int | None = None) -> str:
                         "RAY_preload_python_modules": CELL_MODULES,
                         "RAY_idle_worker_killing_time_threshold_ms": "600000",  # they wait for the first trials
                     }
-                ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+                try:
+                    _start(dashboard)
+                except Exception:  # Ray gives its processes 15 s to come up, which a busy machine may miss once
+                    _start(dashboard)
     except SdditError:
         raise
     except Exception as error:  # Ray raises its bare class where it does not come up in time
@@ -218,6 +221,12 @@ def connect(*, dashboard: bool, cell_threads: int | None = None) -> str:
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are shown in one line, and are in the logs
     return str(Path(ray._private.worker._global_node.get_logs_dir_path()))  # type: ignore[attr-defined]
+
+
+def _start(dashboard: bool) -> None:
+    import ray
+
+    ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from sddit import cost, results
 from sddit.cell import CellSpec
 from sddit.config import FRESH_SEED
 from sddit.environment import source_digest
-from sddit.errors import OutageError, SdditError, TrackingError, UsageError
+from sddit.errors import OutageError, SdditError, UsageError
 from sddit.orchestration import cluster, plan, searcher, trial
 from sddit.orchestration.forecast import Forecast
 from sddit.orchestration.plan import Planned, Point
@@ -143,8 +143,7 @@ class Driver:
             shutil.rmtree(self.scratch, ignore_errors=True)
         if self.owner.lost:
             raise SdditError(f"Another driver has taken sweep {job.name!r} over; this one stops.")
-        with contextlib.suppress(TrackingError):  # an outage
-            self._keep_spent()
+        self._keep_spent()
 
     def _outcomes(self) -> list[plan.Outcome]:
         recorded = results.load_cells(self.job.name, self.job.uri)
@@ -261,14 +260,14 @@ class Driver:
             self.owner.ask_to_stop()
             self.stop_asked = True
         if time.monotonic() - self.kept_spent > KEEP_SECONDS:
-            self._keep_spent()
+            self._keep_spent(seconds=0)  # in an outage the next tick tries again
         self.without_node = self.without_node or not cluster.has_this_node()
         # What is left of a cluster may be too small for one cell, which then waits for nodes.
         self.limit = self.progress.concurrent = max(1, self.placement.cells_on(cluster.alive()))
 
-    def _keep_spent(self) -> None:
+    def _keep_spent(self, seconds: float | None = None) -> None:
         self.kept_spent = time.monotonic()
-        self.record.set_tags({"sddit.device_hours": f"{self.spent():.6g}"})
+        self.record.set_tags({"sddit.device_hours": f"{self.spent():.6g}"}, seconds=seconds)
 
     def learn(self, speeds: Speeds, expected: Forecast) -> None:
         """Sets the prediction beside what the cells took, and keeps their speed for the next plan."""

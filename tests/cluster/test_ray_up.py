@@ -23,6 +23,7 @@ import pytest
 import yaml
 from cluster_yaml import FILE, ROOT, for_own_machines
 from commands import environment, no_traceback
+from servers import free_port
 from tiny import set_flags
 
 from sddit import results
@@ -44,12 +45,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.skipif(bo
 
 TINY = [*set_flags(method__mask_ratio="[0.2,0.5]"), "--steps", "6"]
 SWEEP = ["python", "sweeps/mask_ratio.py", *TINY]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def plain(text):

@@ -272,7 +272,8 @@ def test_the_record_outlives_server_machine_and_outage(tmp_path, s3):
     finally:
         for process in psutil.process_iter(["cmdline", "cwd"]):
             if process.info["cwd"] == str(tmp_path):
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def wait_for_copy(to, true):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -98,10 +99,12 @@ class Browser:
     def text(self):
         """What the page shows, and the frames in it."""
         tree = self.call("Page.getFrameTree")["frameTree"]
-        shown = [self.evaluate("document.body ? document.body.innerText : ''")]
+        body = "document.body ? document.body.innerText : ''"
+        shown = [self.evaluate(body)]
         for child in tree.get("childFrames", ()):
-            world = self.call("Page.createIsolatedWorld", frameId=child["frame"]["id"])
-            shown.append(self.evaluate("document.body.innerText", contextId=world["executionContextId"]))
+            with contextlib.suppress(AssertionError):  # it may be loading, or be gone by now
+                world = self.call("Page.createIsolatedWorld", frameId=child["frame"]["id"])
+                shown.append(self.evaluate(body, contextId=world["executionContextId"]))
         return "\n".join(shown)
 
     def wait_until(self, true, timeout=60):

@@ -1,5 +1,6 @@
 """The project's commands as a user runs them: in their own process and folder."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from tiny import set_flags
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ def environment(**changes):
     return env | {"SDDIT_CACHE": os.environ["SDDIT_CACHE"], "RAY_USAGE_STATS_ENABLED": "0"} | changes
 
 
-def run(*arguments, cwd, timeout=280, **env):
+def run(*arguments, cwd, timeout=900, **env):
     """Runs ``python ARGUMENTS`` to its end."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
@@ -43,9 +45,12 @@ def sweep(*flags, cwd, ratios="[0.2, 0.5]", tiny=None, **options):
 
 
 class Running:
-    """A command that goes on while the test does something to it."""
+    """A command that goes on while the test does something to it. What a test leaves running ends with it."""
+
+    started = []
 
     def __init__(self, *arguments, cwd, **env):
+        self.started.append(self)
         self.log = Path(cwd) / f"command-{time.monotonic_ns()}.log"
         with open(self.log, "w") as out:
             self.process = subprocess.Popen(
@@ -62,10 +67,10 @@ class Running:
     def output(self):
         return self.log.read_text()
 
-    def wait_for(self, text, timeout=120):
+    def wait_for(self, text, timeout=400):
         self._wait(lambda: text in self.output, text, timeout)
 
-    def wait_for_step(self, step, *, cells=1, timeout=120):
+    def wait_for_step(self, step, *, cells=1, timeout=400):
         """Until so many cells are said to have come so far, or farther: not every step is said."""
 
         def reached():
@@ -81,6 +86,15 @@ class Running:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
             time.sleep(0.1)
 
+    def family(self, name=""):
+        """The processes below it whose names begin so."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith(name):
+                    found.append(process)
+        return found
+
     def interrupt(self):
         """Ctrl-C: the whole foreground group gets the signal, as in a terminal."""
         os.killpg(self.process.pid, signal.SIGINT)
@@ -90,7 +104,7 @@ class Running:
         self.process.kill()
         self.process.wait()
 
-    def wait(self, timeout=200):
+    def wait(self, timeout=600):
         return self.process.wait(timeout)
 
 

@@ -55,7 +55,10 @@ class Nodes:
 
     def kill(self, number):
         """A machine that is gone at once, with all that ran on it."""
-        del self.raylets[number]
+        raylet = psutil.Process(self.raylets.pop(number))
+        for process in (raylet, *raylet.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._ask("kill", number)
 
     def terminate(self, number):

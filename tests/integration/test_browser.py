@@ -6,7 +6,6 @@ SDDIT_SCREENSHOTS=FOLDER keeps pictures of the pages, for a person to look at.
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import browser
 import pytest
 import requests
 from commands import environment, sweep
+from servers import free_port
 
 from sddit import results
 from sddit.orchestration.finish import ui_link
@@ -24,7 +24,6 @@ from sddit.orchestration.finish import ui_link
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium: apt-get install chromium"),
-    pytest.mark.timeout(600),
 ]
 
 QUESTION = "How does FID depend on the mask ratio of SD-DiT's student?"
@@ -53,9 +52,7 @@ def recorded(tmp_path_factory):
 def server(recorded):
     """The address of a server on the sweep's record."""
     folder, _, _ = recorded
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         Path(sys.executable).parent / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
@@ -151,7 +148,8 @@ def test_the_report_by_itself(recorded, page, tmp_path):
     shutil.copy(folder / "figures" / "report-mask_ratio.html", report)
     page.open(report.as_uri())
     page.wait_for(QUESTION, "Settings")
-    assert page.evaluate("document.images.length") == len(cells) + 2, "a figure, the panels, a grid for each cell"
+    images = len(cells) + 2  # a figure, the panels, a grid for each cell
+    page.wait_until(lambda opened: opened.evaluate("document.images.length") == images)
     page.evaluate("[...document.images].forEach(image => image.loading = 'eager')")
     page.wait_until(lambda opened: opened.evaluate("[...document.images].every(image => image.naturalWidth > 0)"))
     page.screenshot("report-alone")

@@ -18,7 +18,7 @@ from servers import MlflowServer
 from sddit import results
 from sddit.data import open_manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SDDIT = Path(sys.executable).with_name("sddit")
 WEIGHTS = Path("weights") / "vgg16-397923af.pth"

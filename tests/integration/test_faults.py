@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import re
 import sqlite3
 import time
 
@@ -60,23 +59,16 @@ def assert_as_undisturbed(folder, undisturbed):
         assert sorted(steps) == [0, 40, 80, 120, 160], "each grid once"
 
 
-def workers_of(running):
-    """The processes in which Tune's trials train."""
-    children = psutil.Process(running.process.pid).children(recursive=True)
-    return [p for p in children if "train_in_process" in " ".join(p.cmdline()) or "ray::" in p.name()]
-
-
-@pytest.mark.parametrize("after", [pytest.param(40, marks=pytest.mark.torture), 120])
+@pytest.mark.parametrize("after", [40, pytest.param(120, marks=pytest.mark.torture)])
 def test_the_driver_is_killed(after, undisturbed, tmp_path):
     running = Running(*command(), cwd=tmp_path)
     running.wait_for_step(after)
     running.kill()
     again = Running(*command(), cwd=tmp_path)
     assert again.wait() == 0, again.output
-    steps = {}
-    for identity, step in re.findall(r"\((\w{12})\): running, step (\d+)/160", again.output):
-        steps.setdefault(identity, int(step))
-    assert max(steps.values()) >= after, "it goes on from a checkpoint"
+    tags = results.load_cells("mask_ratio", f"sqlite:///{tmp_path}/mlflow.db")["tags"]
+    continued = [int(each["sddit.continued_from"]) for each in tags if "sddit.continued_from" in each]
+    assert continued and min(continued) >= 40, "it goes on from a checkpoint"
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
@@ -90,9 +82,8 @@ def test_a_kill_at_a_random_moment_changes_nothing(seed, undisturbed, tmp_path):
         running.wait_for_step(0)
     time.sleep(draw.uniform(0, 25))
     if running.process.poll() is None:
-        family = psutil.Process(running.process.pid).children(recursive=True)
-        trials = [p for p in family if p.name().startswith("ray::ImplicitFunc")]
-        for process in {"driver": [], "worker": trials[:1], "everything": family}[victim]:
+        victims = {"driver": [], "worker": running.family("ray::ImplicitFunc")[:1], "everything": running.family()}
+        for process in victims[victim]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if victim == "worker":
@@ -105,18 +96,18 @@ def test_a_kill_at_a_random_moment_changes_nothing(seed, undisturbed, tmp_path):
 
 
 def test_a_budget_stops_softly_and_a_larger_one_goes_on(undisturbed, tmp_path):
-    running = Running(*command("--budget-hours", "0.004", "--price", "2"), cwd=tmp_path)
+    running = Running(*command("--budget-hours", "0.001", "--price", "2"), cwd=tmp_path)
     assert running.wait() == 0, running.output
-    assert "Budget used: 0.0" in running.output and "of 0.004 device-hours" in running.output
+    assert "Budget used: 0.0" in running.output and "of 0.001 device-hours" in running.output
     assert "With a larger budget this goes on:" in no_traceback(running.output)
-    assert "--budget-hours 0.008" in running.output
+    assert "--budget-hours 0.002" in running.output
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     cells = results.load_cells("mask_ratio", uri)
     assert set(cells["state"]) == {"running"} and (cells["step"] < 160).all()
     assert cells["tags"].map(lambda tags: float(tags["sddit.device_hours"]) > 0).any()
     stored = [int(p.name.removeprefix("step-")) for p in (tmp_path / "runs").glob("*/*/step-*")]
     assert any(step % 40 for step in stored), "it stopped between evaluations, after a checkpoint"
-    spent = Running(*command("--budget-hours", "0.004"), cwd=tmp_path)
+    spent = Running(*command("--budget-hours", "0.001"), cwd=tmp_path)
     assert spent.wait() == 0 and "Budget used" in spent.output and "Concurrency" not in spent.output
     again = Running(*command("--budget-hours", "1"), cwd=tmp_path)
     assert again.wait() == 0, again.output
@@ -142,11 +133,10 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(undisturbed, tmp_path)
 def test_when_ray_itself_dies_the_command_says_so_and_goes_on_when_run_again(undisturbed, tmp_path):
     running = Running(*command(), cwd=tmp_path)
     running.wait_for_step(40)
-    family = psutil.Process(running.process.pid).children(recursive=True)
-    trials = [p for p in family if p.name().startswith("ray::ImplicitFunc")]
+    trials = running.family("ray::ImplicitFunc")
     for trial in trials:
         trial.suspend()  # they could be done before they learn of it
-    next(p for p in family if p.name() == "raylet").kill()
+    running.family("raylet")[0].kill()
     assert running.wait(120) == 1, running.output
     for trial in trials:
         with contextlib.suppress(psutil.NoSuchProcess):  # it may have been woken and have ended by itself
@@ -155,6 +145,23 @@ def test_when_ray_itself_dies_the_command_says_so_and_goes_on_when_run_again(und
     again = Running(*command(), cwd=tmp_path)
     assert again.wait() == 0, again.output
     assert_as_undisturbed(tmp_path, undisturbed)
+
+
+# The first of Ray's agents takes longer than its raylet waits.
+SLOW_ONCE = """
+import os, sys, time
+if any(part.endswith("dashboard/agent.py") for part in sys.orig_argv) and not os.path.exists(os.environ["SLOW_ONCE"]):
+    open(os.environ["SLOW_ONCE"], "w").close()
+    time.sleep(60)
+"""
+
+
+def test_where_ray_does_not_come_up_in_time_it_is_started_once_more(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_ONCE)
+    seen = tmp_path / "seen"
+    done = sweep(cwd=tmp_path, ratios="[0.2]", PYTHONPATH=str(tmp_path), SLOW_ONCE=str(seen))
+    assert done.returncode == 0 and seen.exists(), done.stdout + done.stderr
+    no_traceback(done)
 
 
 def test_two_sweeps_at_once_lose_nothing_and_one_name_has_one_driver(undisturbed, tmp_path):
@@ -173,12 +180,11 @@ def test_two_sweeps_at_once_lose_nothing_and_one_name_has_one_driver(undisturbed
 @pytest.mark.parametrize("damaged", [pytest.param(1, marks=pytest.mark.torture), 2], ids=["newest", "all"])
 def test_corrupt_checkpoints_are_passed_over(damaged, undisturbed, tmp_path):
     running = Running(*command(), cwd=tmp_path)
-    running.wait_for_step(120)
+    running.wait_for_step(80)
     running.kill()
     time.sleep(3)
     for cell in (tmp_path / "runs" / "mask_ratio").iterdir():
-        for checkpoint in sorted(cell.glob("step-*"))[-damaged:]:  # the slower cell may have but one
-            file = checkpoint / "training.safetensors"
+        for file in sorted(cell.glob("step-*/training.safetensors"))[-damaged:]:  # the slower cell may have but one
             file.write_bytes(file.read_bytes()[:-100])
     again = Running(*command(), cwd=tmp_path)
     assert again.wait() == 0, again.output

@@ -13,7 +13,7 @@ from written import assert_close, assert_once, assert_same, table
 
 from sddit import results
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 EVERY, STEPS = 40, 160
 TINY = {"eval__every": EVERY, "train__log_every": 5, "eval__samples": 200}
@@ -28,7 +28,7 @@ def uri(folder):
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def wait_until(condition, running, seconds=150):
+def wait_until(condition, running, seconds=400):
     """What the condition gives, once it gives something."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -82,9 +82,8 @@ def test_a_cell_changes_its_number_of_workers_and_outlives_a_node_that_is_taken_
         flags = ["--workers", str(workers), "--steps", str(steps)]
         running = Running(*command(*flags, ratios="[0.5]"), cwd=tmp_path, **nodes.environment)
         if workers > 1:
-            running.wait_for_step(2 * EVERY, timeout=200)
-            used = nodes.running(MORE_WORKERS)
-            assert len(used) == 2, "its workers are on two nodes"
+            used = wait_until(lambda: len(used := nodes.running(MORE_WORKERS)) == 2 and used, running)  # on two nodes
+            running.wait_for_step(2 * EVERY)
             nodes.terminate(max(used))
         assert running.wait(300) == 0, running.output
         no_traceback(running.output)

@@ -20,7 +20,7 @@ from sddit import results
 from sddit.data import open_manifest
 from sddit.data.shards import Shards
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 PLACE = f"s3://{BUCKET}"
 EVERY, STEPS = 40, 120

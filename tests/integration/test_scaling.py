@@ -18,7 +18,7 @@ from commands import environment, no_traceback, sweep
 from servers import free_port
 from written import assert_once
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the fake provider names it ...
 HEAD_TYPE = "ray.head.default"  # ... and its type
@@ -96,6 +96,6 @@ def test_a_sweep_makes_the_cluster_grow_from_nothing(growing, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     cells = assert_once(tmp_path / "mlflow.db", "mask_ratio", uri, every=3, steps=6)
     assert len(cells) == 3
-    children = [" ".join(p.cmdline()) for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]]
+    children = [" ".join(p.info["cmdline"]) for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]]
     raylets = [c for c in children if "raylet/raylet" in c and growing["RAY_ADDRESS"] in c]
     assert len(raylets) == 3, "the head and two nodes"

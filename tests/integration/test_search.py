@@ -8,7 +8,7 @@ import pytest
 from commands import Running, no_traceback, run, script
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from tiny import set_flags
+from tiny import experiment, set_flags
 
 import sddit
 from sddit import results
@@ -34,18 +34,19 @@ def journal(folder):
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.torture)])
 def test_a_search_goes_on_after_a_kill_as_if_nothing_had_happened(seed, tmp_path):
-    command = search("--trials", "8", cwd=tmp_path)
+    every, steps, draw = 20, 120, random.Random(seed)
+    command = search("--trials", "8", "--steps", str(steps), cwd=tmp_path, eval__every=every)
     first = Running(*command, cwd=tmp_path)
-    first.wait_for_step(2)
-    time.sleep(random.Random(seed).uniform(0, 4))
+    first.wait_for_step(every, cells=draw.randint(1, 4))
+    time.sleep(draw.uniform(0, 1))
     first.kill()
     again = Running(*command, cwd=tmp_path)
     assert again.wait() == 0, again.output
-    assert "ASHA: at step 2 and 6 of 12" in again.output
+    assert f"ASHA: at step {every} and {3 * every} of {steps}" in first.output
     cells = cells_of(tmp_path)
     assert len(cells) == 8 == cells["identity"].nunique(), "the budget counts over all starts, and no cell is twice"
     assert set(cells["state"]) <= {"done", "pruned"}
-    assert set(cells[cells["state"] == "pruned"]["step"]) <= {2, 6}, "stops are on rungs"
+    assert set(cells[cells["state"] == "pruned"]["step"]) <= {every, 3 * every}, "stops are on rungs"
     study = journal(tmp_path)
     states = [t.state for t in study.trials if t.state is not TrialState.FAIL]
     assert len(states) == 8 and set(states) <= {TrialState.COMPLETE, TrialState.PRUNED}, "no zombie"
@@ -55,19 +56,18 @@ def test_a_search_goes_on_after_a_kill_as_if_nothing_had_happened(seed, tmp_path
     # A recorded cell is what training it alone gives.
     row = cells[cells["state"] == "done"].iloc[-1]
     changes = {k: v for k, v in row["params"].items() if k.startswith(("method.", "model.size")) and k != "method.name"}
-    from tiny import experiment
-
-    alone = experiment(**{k.replace(".", "__"): v for k, v in (changes | {"train.steps": 12}).items()}, **QUICK)
+    changes |= {"train.steps": steps, "eval.samples": 40, "eval.every": every}
+    alone = experiment(**{k.replace(".", "__"): v for k, v in changes.items()})
     assert alone.identity(row["params"]["data.digest"]) == row["identity"]
     result = sddit.train(alone, tracking_uri=f"sqlite:///{tmp_path}/alone.db", storage=tmp_path / "alone")
     assert result.metrics["eval/fid"] == row["metrics"]["eval/fid"]
 
     # Stopped cells count while ASHA is on, and go on without it.
     stopped = cells[cells["state"] == "pruned"]["identity"]
-    settled = run(*search("--trials", "8", cwd=tmp_path), cwd=tmp_path)
+    settled = run(*command, cwd=tmp_path)
     assert "nothing to run" in no_traceback(settled)
     if len(stopped):
-        whole = run(*search("--trials", "8", "--no-asha", cwd=tmp_path), cwd=tmp_path)
+        whole = run(*command, "--no-asha", cwd=tmp_path)
         assert whole.returncode == 0, whole.stdout + whole.stderr
         assert set(cells_of(tmp_path)["state"]) == {"done"}
 

@@ -7,7 +7,7 @@ from servers import MlflowServer
 from tiny import set_flags
 from written import assert_once
 
-pytestmark = [pytest.mark.slow, pytest.mark.torture, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.torture]
 
 EVERY, STEPS = 40, 80
 # A machine is told by its name.
