@@ -5,8 +5,10 @@ A message says what was given, what is allowed and what to do next. Imports noth
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -97,3 +99,5 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
+    finally:  # Python's own end takes a moment, in which Ctrl-C would be death by a signal
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

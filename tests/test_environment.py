@@ -1,7 +1,8 @@
-"""A stale environment is said in words, and one made in another way is left alone."""
+"""A stale environment is said in words, and one made in another way is left alone; how a command ends."""
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 
@@ -27,3 +28,20 @@ def test_a_missing_library_is_no_traceback():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "no_such_library is not installed" in done.stderr
     assert "make setup" in done.stderr and "Traceback" not in done.stderr
+
+
+# Runs after what the command registers, since that comes later.
+ENDING = """
+import atexit, time
+from sddit.errors import run_script
+
+atexit.register(lambda: (print("over", flush=True), time.sleep(1)))
+run_script(lambda: 0)
+"""
+
+
+def test_ctrl_c_at_the_very_end_does_not_change_how_a_command_ended():
+    with subprocess.Popen([sys.executable, "-c", ENDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"over\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0 and process.stderr.read() == b""

@@ -56,7 +56,7 @@ def test_tpe_counts_its_budget_over_all_starts_and_asha_stops_cells(tmp_path):
 def test_a_disk_ceiling_slims_done_cells_which_can_then_be_sampled_but_not_extended(tmp_path):
     done = sweep("--max-disk-gb", "0.001", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "slimmed" in done.stdout
+    assert "slimmed" in done.stdout and "--max-disk-gb 0.001 cannot be kept" in done.stdout
     checkpoints = list((tmp_path / "runs" / "mask_ratio").glob("*/step-*"))
     slimmed = [c for c in checkpoints if not (c / "training.safetensors").exists()]
     assert slimmed and all((c / "sampling.safetensors").exists() for c in checkpoints)
