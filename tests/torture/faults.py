@@ -353,7 +353,9 @@ def run(seed, folder, expected):
         reason = f"{type(error).__name__}: {error}"
     rows = [row[:400] for row in reason.splitlines() if not re.match(r"\s+[\[(]|.*\(raylet\)", row)]  # Ray's own noise
     reason = "\n".join(rows)
-    for name, public in ((str(folder), "…"), (str(ROOT), "."), (socket.gethostname(), "host")):
+    for name, public in (
+        (str(folder), "…"), (str(ROOT), "."), (sys.base_prefix, "python"), (socket.gethostname(), "host"),
+    ):  # fmt: skip
         reason = reason.replace(name, public)
     return {
         "seed": seed,
@@ -379,6 +381,7 @@ def report(lines):
             if fault["hit"]:
                 met[fault["kind"], line["setting"]] += 1
                 survived[fault["kind"], line["setting"]] += line["survived"]
+    injected = sum(bool(fault["hit"]) for line in lines for fault in line["faults"])
     seeds = f"{sum(line['survived'] for line in latest.values())} of {len(latest)} sweeps"
     text = [
         "# Random faults",
@@ -390,8 +393,8 @@ def report(lines):
         "end only as the fault explains (130 after Ctrl-C, 1 with the cause after an outage), never with a traceback.",
         "",
         f"**{sum(survived.values())} of {sum(met.values())} faults survived, {seeds}** (latest run of each seed, "
-        f"revisions {', '.join(sorted({line['revision'] for line in latest.values()}))}). A fault counts as survived "
-        "where its whole sweep did. Survived / injected:",
+        f"revisions {', '.join(sorted({line['revision'] for line in latest.values()}))}; with earlier runs {injected} "
+        f"faults in {len(lines)} sweeps). A fault counts as survived where its whole sweep did. Survived / injected:",
         "",
         "| | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),
