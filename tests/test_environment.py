@@ -32,9 +32,10 @@ def test_a_missing_library_is_no_traceback():
 
 # Runs after what the command registers, since that comes later.
 ENDING = """
-import atexit, time
+import atexit, signal, time
 from sddit.errors import run_script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 atexit.register(lambda: (print("over", flush=True), time.sleep(1)))
 run_script(lambda: 0)
 """

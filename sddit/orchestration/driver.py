@@ -260,7 +260,7 @@ class Driver:
             self.owner.ask_to_stop()
             self.stop_asked = True
         if time.monotonic() - self.kept_spent > KEEP_SECONDS:
-            self._keep_spent(seconds=0)  # in an outage the next tick tries again
+            self._keep_spent(seconds=0)  # an outage must not hold up what follows; it is kept a little later
         self.without_node = self.without_node or not cluster.has_this_node()
         # What is left of a cluster may be too small for one cell, which then waits for nodes.
         self.limit = self.progress.concurrent = max(1, self.placement.cells_on(cluster.alive()))

@@ -68,7 +68,7 @@ def test_the_driver_is_killed(after, undisturbed, tmp_path):
     assert again.wait() == 0, again.output
     tags = results.load_cells("mask_ratio", f"sqlite:///{tmp_path}/mlflow.db")["tags"]
     continued = [int(each["sddit.continued_from"]) for each in tags if "sddit.continued_from" in each]
-    assert continued and min(continued) >= 40, "it goes on from a checkpoint"
+    assert max(continued, default=0) >= after, "it goes on from a checkpoint"
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
